@@ -1,0 +1,132 @@
+"""Bottleneck adapter: y = h + A(z), A(z) = s (U f(D z + d) + u) (1902.00751, section 2.1).
+
+h (..., size) is the output of a sublayer before it joins the residual stream, D (bottleneck, size), U (size,
+bottleneck), bottleneck = size // reduction_factor. Sequential adapters read z = h; the parallel one (2110.04366,
+table 1) reads z = x, what the feed-forward itself reads. Optional layer norms: A(z) = N2(s (U f(D N1(z) + d) + u)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from lightsft import Backbone, Injection, injecting
+from lightsft.errors import ConfigurationError, TargetError
+from lightsft.primitives import Side
+from lightsft.seeding import generator
+from lightsft.sublayers import Sublayer, find_sublayers
+from lightsft.targets import resolve_layers
+from lightsft_adapters.checks import above, one_of, probability
+
+PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
+NON_LINEARITIES = ("relu", "gelu", "silu", "swish", "tanh", "sigmoid", "leaky_relu")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Small bottleneck layers in every block.
+
+    reduction_factor: the residual stream's width over the bottleneck's.
+    placement: "houlsby" (after each attention and each feed-forward), "pfeiffer" (after each feed-forward, 2005.00247),
+        "parallel" (beside each feed-forward).
+    non_linearity: f, one of relu, gelu, silu (swish), tanh, sigmoid, leaky_relu.
+    scaling: s, a number or "learned" (one trained scalar per adapter, starting at 1).
+    dropout: on the adapter's output, in training.
+    layer_norm_before, layer_norm_after: N1 and N2.
+    layers: only blocks with these indices; negative ones count from the end.
+    """
+
+    reduction_factor: float = 16
+    placement: str = "houlsby"
+    non_linearity: str = "relu"
+    scaling: float | str = 1.0
+    dropout: float = 0.0
+    layer_norm_before: bool = False
+    layer_norm_after: bool = False
+    layers: Sequence[int] | None = None
+
+    learning_rate: ClassVar[float] = 1e-3
+
+    def __post_init__(self) -> None:
+        above("reduction_factor", self.reduction_factor, 0)
+        one_of("placement", self.placement, PLACEMENTS)
+        one_of("non_linearity", self.non_linearity, NON_LINEARITIES)
+        probability("dropout", self.dropout)
+        if isinstance(self.scaling, str):
+            one_of("scaling", self.scaling, ("learned",))
+
+    def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
+        """Put an adapter on each chosen sublayer of `backbone`."""
+        with injecting(self, backbone, seed) as injection:
+            for sublayer in self._chosen(backbone):
+                reads = sublayer.reads if self.placement == "parallel" else None
+                injection.add_side(sublayer.writes, self._side(sublayer, seed), reads=reads)
+        return injection
+
+    def _chosen(self, backbone: Backbone) -> list[Sublayer]:
+        sublayers = find_sublayers(backbone)
+        if self.placement != "houlsby":
+            sublayers = [sublayer for sublayer in sublayers if not sublayer.attention]
+        if self.layers is not None:
+            wanted = resolve_layers(backbone.anatomy.depth, self.layers)
+            sublayers = [sublayer for sublayer in sublayers if sublayer.layer in wanted]
+        if not sublayers:
+            raise TargetError(
+                f"no sublayer for {self.placement!r} adapters in {type(backbone.model).__name__}",
+                expected="blocks with a linear layer that writes the residual stream",
+                todo="try placement='houlsby', or another strategy",
+            )
+        return sublayers
+
+    def _side(self, sublayer: Sublayer, seed: int) -> BottleneckSide:
+        bottleneck = int(sublayer.size // self.reduction_factor)
+        if bottleneck < 1:
+            raise ConfigurationError(
+                f"reduction_factor={self.reduction_factor} leaves no bottleneck in a width of {sublayer.size}",
+                expected=f"a reduction_factor of at most {sublayer.size}",
+            )
+        return BottleneckSide(sublayer.size, bottleneck, self, generator(seed, sublayer.writes))
+
+
+class BottleneckSide(Side):
+    """h + A(z). U, u and d start at zero, so training starts from the backbone's own function."""
+
+    def __init__(self, size: int, bottleneck: int, options: Adapter, random: torch.Generator) -> None:
+        super().__init__()
+        self.parallel = options.placement == "parallel"
+        self.norm_before = nn.LayerNorm(size) if options.layer_norm_before else nn.Identity()
+        self.down = nn.Linear(size, bottleneck, dtype=torch.float32)
+        self.activation = ACT2FN[options.non_linearity]
+        self.up = nn.Linear(bottleneck, size, dtype=torch.float32)
+        self.norm_after = nn.LayerNorm(size) if options.layer_norm_after else nn.Identity()
+        self.dropout = nn.Dropout(options.dropout)
+        self.scaling: Any = options.scaling
+        if options.scaling == "learned":
+            self.scaling = nn.Parameter(torch.ones(()))
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5), generator=random)
+        for tensor in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(tensor)
+
+    def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        """`output` is h; `inputs` is what the feed-forward reads when parallel, and unused otherwise."""
+        z = inputs if self.parallel else output
+        hidden = self.activation(_linear(self.down, _norm(self.norm_before, z)))
+        change = self.dropout(_linear(self.up, hidden) * self.scaling)
+        return output + _norm(self.norm_after, change).to(output.dtype)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in the type of `x`: small matrices are cast, never the activation."""
+    return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """A layer norm in fp32, returned in the type of `x`."""
+    result: Tensor = norm(x.float()).to(x.dtype) if isinstance(norm, nn.LayerNorm) else x
+    return result

@@ -1,0 +1,350 @@
+"""LoRA: y = W x + s B A x, with s = alpha / rank (2106.09685, section 4.1).
+
+Shapes: x (..., in), A (rank, in), B (out, rank), y (..., out). With rank stabilisation s = alpha / sqrt(rank)
+(2312.03732). DoRA learns the length of each row too (2402.09353): y = m V x / ||V||, V = W + s B A, m (out), the
+norm taken as a constant in the gradient. PiSSA (2404.02948) and OLoRA (2406.01775) start A and B from W itself and
+train the difference: y = W x + s (B A - B0 A0) x, so W stays as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightsft import Backbone, Injection, injecting
+from lightsft.anatomy import is_linear
+from lightsft.errors import ConfigurationError, TargetError
+from lightsft.primitives import Side
+from lightsft.seeding import generator
+from lightsft.targets import by_pattern, select_modules, select_parameters
+from lightsft_adapters.checks import above, at_least, one_of, probability
+from lightsft_adapters.peft_lora import read_peft_config, write_peft_config
+
+INITIALISATIONS = ("default", "gaussian", "pissa", "olora")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank updates beside linear layers and embeddings.
+
+    rank, alpha: the size of the update and its strength, s = alpha / rank.
+    dropout: on the update's input, in training.
+    rank_stabilised: s = alpha / sqrt(rank), so that high ranks keep learning.
+    targets: "linear" (every linear layer in the blocks), "attention", "mlp", "embedding", names, regular expressions.
+    layers: only blocks with these indices; negative ones count from the end.
+    rank_pattern, alpha_pattern: other values for modules whose name ends in, or matches, a key.
+    initialisation: "default" (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1/rank, B zero),
+        "pissa" (the principal singular vectors of W), "olora" (its QR decomposition).
+    dora: learn magnitude and direction separately.
+    lora_plus_ratio: the learning rate of B over that of A (2402.12354; 16 is the paper's value).
+    modules_to_save: parts of the backbone to train whole beside it, by name.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    rank_stabilised: bool = False
+    targets: str | Sequence[str] = "linear"
+    layers: Sequence[int] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    initialisation: str = "default"
+    dora: bool = False
+    lora_plus_ratio: float = 1.0
+    modules_to_save: Sequence[str] = ()
+
+    learning_rate: ClassVar[float] = 5e-4
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *self.rank_pattern.values()):
+            at_least("rank", rank, 1)
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            above("alpha", alpha, 0)
+        above("lora_plus_ratio", self.lora_plus_ratio, 0)
+        probability("dropout", self.dropout)
+        one_of("initialisation", self.initialisation, INITIALISATIONS)
+        if self.dora and self.initialisation in ("pissa", "olora"):
+            raise ConfigurationError(
+                f"dora=True together with initialisation={self.initialisation!r}",
+                expected="dora with the default or gaussian initialisation",
+            )
+
+    def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
+        """Put A and B beside every target of `backbone`."""
+        with injecting(self, backbone, seed) as injection:
+            for name in select_modules(backbone, self.targets, layers=self.layers, servable=_servable):
+                injection.add_side(name, self._side(backbone, name, seed))
+            if self.modules_to_save:
+                injection.unfreeze(select_parameters(backbone, self.modules_to_save))
+        return injection
+
+    def write_companions(self, injection: Injection, directory: Path) -> None:
+        """PEFT's configuration, so that PeftModel.from_pretrained opens the folder."""
+        write_peft_config(self, injection, directory)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoRA | None:
+        """The LoRA in a PEFT folder."""
+        options = read_peft_config(config, tensors)
+        return None if options is None else cls(**options)
+
+    def rank_of(self, name: str) -> int:
+        """The rank for the module `name`."""
+        return int(by_pattern(name, self.rank_pattern.items(), self.rank))
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha for the module `name`."""
+        return by_pattern(name, self.alpha_pattern.items(), self.alpha)
+
+    def _side(self, backbone: Backbone, name: str, seed: int) -> LoRASide | LoRAEmbeddingSide:
+        served, rank, alpha = backbone.module(name), self.rank_of(name), self.alpha_of(name)
+        scaling = alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+        random = generator(seed, name)
+        if isinstance(served, nn.Embedding):
+            self._check_embedding(backbone, served, name)
+            return LoRAEmbeddingSide(served, rank, scaling, random)
+        _check_untied(backbone, served, name)
+        options = {"dropout": self.dropout, "lora_plus_ratio": self.lora_plus_ratio}
+        if self.dora:
+            return DoRASide(served, rank, scaling, self.initialisation, random, **options)
+        if self.initialisation in ("pissa", "olora"):
+            return ResidualLoRASide(served, rank, scaling, self.initialisation, random, **options)
+        return LoRASide(served, rank, scaling, self.initialisation, random, **options)
+
+    def _check_embedding(self, backbone: Backbone, served: nn.Embedding, name: str) -> None:
+        _check_untied(backbone, served, name)
+        if self.dora or self.initialisation in ("pissa", "olora"):
+            raise ConfigurationError(
+                f"{'dora' if self.dora else self.initialisation} on the embedding {name}",
+                expected="a plain LoRA on embeddings",
+                todo="leave the embedding out of the targets",
+            )
+
+
+class LoRASide(Side):
+    """s B A x beside a linear layer. A and B are fp32 and cast to the activation's type, never the reverse."""
+
+    mergeable = True
+
+    def __init__(
+        self,
+        served: nn.Module,
+        rank: int,
+        scaling: float,
+        initialisation: str,
+        random: torch.Generator,
+        *,
+        dropout: float = 0.0,
+        lora_plus_ratio: float = 1.0,
+    ) -> None:
+        super().__init__()
+        outputs, inputs = matrix(served).shape
+        self.scaling, self.lora_plus_ratio = scaling, lora_plus_ratio
+        self.lora_A = nn.Linear(inputs, rank, bias=False, dtype=torch.float32)
+        self.lora_B = nn.Linear(rank, outputs, bias=False, dtype=torch.float32)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        nn.init.zeros_(self.lora_B.weight)
+        if initialisation == "gaussian":
+            nn.init.normal_(self.lora_A.weight, std=1 / rank, generator=random)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5), generator=random)
+
+    def update(self, inputs: Tensor) -> Tensor:
+        """s B A x."""
+        a, b = self.lora_A.weight.to(inputs.dtype), self.lora_B.weight.to(inputs.dtype)
+        low: Tensor = nn.functional.linear(self.dropout(inputs), a)
+        return nn.functional.linear(low, b) * self.scaling
+
+    def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        """Y + s B A x."""
+        return output + self.update(inputs).to(output.dtype)
+
+    def matrix_delta(self) -> Tensor:
+        """s B A, (out, in)."""
+        return (self.lora_B.weight @ self.lora_A.weight) * self.scaling
+
+    def delta(self, served: nn.Module) -> Tensor:
+        """The matrix delta, in the layout of the served weight."""
+        return like_weight(served, self.matrix_delta())
+
+    def learning_rate_ratio(self, name: str) -> float:
+        """LoRA+: B learns faster."""
+        return self.lora_plus_ratio if name.startswith("lora_B") else 1.0
+
+
+class ResidualLoRASide(LoRASide):
+    """y + s (B A - B0 A0) x, with B0 A0 the start taken from W: PiSSA and OLoRA without touching W.
+
+    Saved as one LoRA of twice the rank, A stacked on A0 and B beside -B0, which any LoRA reader understands.
+    """
+
+    initial_A: Tensor
+    initial_B: Tensor
+
+    def __init__(
+        self,
+        served: nn.Module,
+        rank: int,
+        scaling: float,
+        initialisation: str,
+        random: torch.Generator,
+        *,
+        dropout: float = 0.0,
+        lora_plus_ratio: float = 1.0,
+    ) -> None:
+        super().__init__(
+            served, rank, scaling, "default", random, dropout=dropout, lora_plus_ratio=lora_plus_ratio
+        )
+        decompose = _principal if initialisation == "pissa" else _orthogonal
+        b, a = decompose(matrix(served).float().cpu(), rank, scaling)
+        if a.shape != self.lora_A.weight.shape:
+            raise ConfigurationError(
+                f"rank={rank} on a weight of shape {tuple(matrix(served).shape)} with {initialisation}",
+                expected=f"a rank of at most {min(matrix(served).shape)}",
+            )
+        with torch.no_grad():
+            self.lora_A.weight.copy_(a)
+            self.lora_B.weight.copy_(b)
+        self.register_buffer("initial_A", a.clone(), persistent=False)
+        self.register_buffer("initial_B", b.clone(), persistent=False)
+
+    def update(self, inputs: Tensor) -> Tensor:
+        """s (B A - B0 A0) x."""
+        start = nn.functional.linear(self.dropout(inputs), self.initial_A.to(inputs.dtype))
+        start = nn.functional.linear(start, self.initial_B.to(inputs.dtype)) * self.scaling
+        return super().update(inputs) - start
+
+    def matrix_delta(self) -> Tensor:
+        """s (B A - B0 A0)."""
+        return super().matrix_delta() - (self.initial_B @ self.initial_A) * self.scaling
+
+    def tensors(self) -> dict[str, Tensor]:
+        """One LoRA of twice the rank."""
+        a, b = self.lora_A.weight.detach(), self.lora_B.weight.detach()
+        return {
+            "lora_A.weight": torch.cat([a, self.initial_A]),
+            "lora_B.weight": torch.cat([b, -self.initial_B], dim=1),
+        }
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Twice the rank, or the bare A and B of a PEFT folder, whose start is then the one computed here."""
+        (rank, inputs), outputs = self.lora_A.weight.shape, self.lora_B.weight.shape[0]
+        return {
+            "lora_A.weight": ((2 * rank, inputs), (rank, inputs)),
+            "lora_B.weight": ((outputs, 2 * rank), (outputs, rank)),
+        }
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Split the doubled LoRA again."""
+        rank = self.lora_A.weight.shape[0]
+        a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        self.lora_A.weight.copy_(a[:rank])
+        self.lora_B.weight.copy_(b[:, :rank])
+        if a.shape[0] == 2 * rank:
+            self.initial_A.copy_(a[rank:])
+            self.initial_B.copy_(-b[:, rank:])
+
+
+class DoRASide(LoRASide):
+    """y = m V x / ||V||, V = W + s B A; the bias is added after."""
+
+    def __init__(self, served: nn.Module, *args: Any, **options: Any) -> None:
+        super().__init__(served, *args, **options)
+        self.lora_magnitude_vector = nn.Parameter(torch.linalg.norm(matrix(served).float(), dim=1))
+
+    def _scale(self, served: nn.Module) -> Tensor:
+        """M / ||W + s B A|| per output row, (out); the norm is a constant in the gradient (section 4.3)."""
+        directions = matrix(served).float() + self.matrix_delta().detach()
+        return self.lora_magnitude_vector / torch.linalg.norm(directions, dim=1)
+
+    def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        """(y - bias + s B A x) m / ||V|| + bias."""
+        bias = getattr(served, "bias", None)
+        scale = self._scale(served).to(output.dtype)
+        linear = output if bias is None else output - bias
+        result = (linear + self.update(inputs).to(output.dtype)) * scale
+        return result if bias is None else result + bias
+
+    def delta(self, served: nn.Module) -> Tensor:
+        """M V / ||V|| - W."""
+        weight = matrix(served).float()
+        scaled = (weight + self.matrix_delta()) * self._scale(served)[:, None]
+        return like_weight(served, scaled - weight)
+
+
+class LoRAEmbeddingSide(Side):
+    """y = E[ids] + s (B A)[:, ids]^T beside an embedding: A (rank, vocabulary), starting at zero, B (size, rank)."""
+
+    mergeable = True
+
+    def __init__(self, served: nn.Embedding, rank: int, scaling: float, random: torch.Generator) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.lora_embedding_A = nn.Parameter(torch.zeros(rank, served.num_embeddings))
+        self.lora_embedding_B = nn.Parameter(torch.empty(served.embedding_dim, rank).normal_(generator=random))
+
+    def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        """The ids are `inputs`, (batch, length)."""
+        padding = getattr(served, "padding_idx", None)  # its row gets no gradient, as in the served embedding
+        low = nn.functional.embedding(inputs, self.lora_embedding_A.T, padding_idx=padding)
+        return output + (low @ self.lora_embedding_B.T * self._scale_of(served)).to(output.dtype)
+
+    def _scale_of(self, served: nn.Module) -> float:
+        """Some embeddings multiply what they look up (Gemma): the update is multiplied alike."""
+        return self.scaling * float(getattr(served, "scalar_embed_scale", 1.0))
+
+    def delta(self, served: nn.Module) -> Tensor:
+        """s A^T B^T, (vocabulary, size)."""
+        return (self.lora_embedding_B @ self.lora_embedding_A).T * self.scaling
+
+
+def matrix(served: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out, in); Conv1D stores the transpose."""
+    weight = served.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if isinstance(served, Conv1D) else weight.detach()
+
+
+def like_weight(served: nn.Module, matrix_delta: Tensor) -> Tensor:
+    """A (out, in) matrix in the layout of the served weight."""
+    return matrix_delta.T if isinstance(served, Conv1D) else matrix_delta
+
+
+def _servable(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, nn.Embedding)
+
+
+def _check_untied(backbone: Backbone, served: nn.Module, name: str) -> None:
+    """Merging into a weight that another module reads too would change that module."""
+    readers = [
+        other
+        for other, module in backbone.model.named_modules()
+        if "weight" in module._parameters and module._parameters["weight"] is served.weight
+    ]
+    if len(readers) > 1:
+        raise TargetError(
+            f"{name} shares its weight with {', '.join(r for r in readers if r != name)} (tied weights)",
+            expected="targets with a weight of their own",
+            todo="leave it out of the targets, or untie the model first (tie_word_embeddings=False)",
+        )
+
+
+def _principal(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """PiSSA: W = U S V^T; B0 = U sqrt(S / s), A0 = sqrt(S / s) V^T over the `rank` largest singular values."""
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    root = torch.sqrt(s[:rank] / scaling)
+    return u[:, :rank] * root, root[:, None] * vt[:rank]
+
+
+def _orthogonal(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """OLoRA: W = Q R; B0 = Q[:, :rank], A0 = R[:rank]."""
+    q, r = torch.linalg.qr(weight)
+    return q[:, :rank], r[:rank]

@@ -1,0 +1,166 @@
+"""Prefix tuning: attention over [P_k; K] and [P_v; V] with trained P_k, P_v (2101.00190, section 4).
+
+softmax(Q [P_k; K]^T / sqrt(size)) [P_v; V], with P_k, P_v (heads, num_virtual_tokens, size) for each attention. The
+reparameterisation (section 4.3) makes them from a smaller table: [P_k, P_v] = W2 tanh(W1 E + b1) + b2, here with a
+table E (num_virtual_tokens, hidden) and weights of its own for each attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightsft import Backbone, Injection, injecting
+from lightsft.errors import TargetError
+from lightsft.primitives import AttentionPrefix
+from lightsft.primitives.attention_prefix import AttentionCall, recorded_attention
+from lightsft.seeding import generator
+from lightsft.targets import resolve_layers
+from lightsft.dry_run import evaluating, tiny_inputs
+from lightsft_adapters.checks import at_least, one_of, probability
+
+PLACES = ("encoder", "decoder", "cross")
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Trained keys and values in front of every attention's own.
+
+    num_virtual_tokens: how many.
+    initialisation: "activations" (the keys and values of real tokens, section 7.4) or "random" (normal, 0.02).
+    reparameterisation: train them through a small network, which then starts at random.
+    hidden_size: the width of that network.
+    places: of an encoder-decoder, which attentions: "encoder", "decoder", "cross". Single stacks have but one kind.
+    dropout: on keys and values, in training.
+    layers: only blocks with these indices; negative ones count from the end.
+    """
+
+    num_virtual_tokens: int = 20
+    initialisation: str = "activations"
+    reparameterisation: bool = False
+    hidden_size: int = 128
+    places: Sequence[str] = PLACES
+    dropout: float = 0.0
+    layers: Sequence[int] | None = None
+
+    learning_rate: ClassVar[float] = 5e-3
+
+    def __post_init__(self) -> None:
+        at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
+        at_least("hidden_size", self.hidden_size, 1)
+        probability("dropout", self.dropout)
+        one_of("initialisation", self.initialisation, ("activations", "random"))
+        for place in self.places:
+            one_of("places", place, PLACES)
+
+    def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
+        """Put a prefix on each chosen attention of `backbone`."""
+        with injecting(self, backbone, seed) as injection:
+            for call in self._chosen(backbone, seed):
+                injection.add_prefix(call.name, self._prefix(call, generator(seed, call.name)))
+        return injection
+
+    def _chosen(self, backbone: Backbone, seed: int) -> list[AttentionCall]:
+        calls = {call.name: call for call in _attention_calls(backbone, self.num_virtual_tokens, seed)}
+        if not calls:
+            raise TargetError(
+                f"no attention of {type(backbone.model).__name__} goes through transformers' attention registry",
+                expected="a model whose attention takes extra keys and values",
+                todo="use lora, adapter or full on this model",
+            )
+        wanted = None if self.layers is None else resolve_layers(backbone.anatomy.depth, self.layers)
+        chosen = [
+            call
+            for name, call in calls.items()
+            if _place(backbone, name, list(calls)) in (None, *self.places)
+            and (wanted is None or backbone.anatomy.block_of(name) in wanted)
+        ]
+        if not chosen:
+            raise TargetError(
+                f"no attention left with places={tuple(self.places)} and layers={self.layers}",
+                expected="at least one attention",
+                todo="widen places or layers",
+            )
+        return chosen
+
+    def _prefix(self, call: AttentionCall, random: torch.Generator) -> AttentionPrefix:
+        if self.reparameterisation:
+            return ReparameterisedPrefix(call, self.num_virtual_tokens, self.hidden_size, self.dropout, random)
+        return PlainPrefix(call, self.num_virtual_tokens, self.initialisation, self.dropout, random)
+
+
+class PlainPrefix(AttentionPrefix):
+    """P_k (heads, tokens, key size) and P_v (heads, tokens, value size) as parameters."""
+
+    def __init__(
+        self, call: AttentionCall, tokens: int, initialisation: str, dropout: float, random: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.prefix_key = nn.Parameter(_initial(call.keys, tokens, initialisation, random))
+        self.prefix_value = nn.Parameter(_initial(call.values, tokens, initialisation, random))
+        self.dropout = nn.Dropout(dropout)
+
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """The parameters, with dropout."""
+        return self.dropout(self.prefix_key), self.dropout(self.prefix_value)
+
+
+class ReparameterisedPrefix(AttentionPrefix):
+    """[P_k, P_v] = W2 tanh(W1 E + b1) + b2."""
+
+    def __init__(
+        self, call: AttentionCall, tokens: int, hidden: int, dropout: float, random: torch.Generator
+    ) -> None:
+        super().__init__()
+        heads, _, key_size = call.keys.shape
+        self.heads, self.sizes = heads, (heads * key_size, heads * call.values.shape[-1])
+        self.table = nn.Parameter(torch.empty(tokens, hidden).normal_(generator=random))
+        self.hidden = nn.Linear(hidden, hidden)
+        self.out = nn.Linear(hidden, sum(self.sizes))
+        for layer in (self.hidden, self.out):
+            nn.init.normal_(layer.weight, std=0.02, generator=random)
+            nn.init.zeros_(layer.bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """Split the network's output into heads."""
+        keys, values = self.out(torch.tanh(self.hidden(self.table))).split(self.sizes, dim=-1)
+        return self._by_head(keys), self._by_head(values)
+
+    def _by_head(self, flat: Tensor) -> Tensor:
+        """(tokens, heads * size) -> (heads, tokens, size)."""
+        result: Tensor = self.dropout(flat.unflatten(-1, (self.heads, -1)).transpose(0, 1))
+        return result
+
+
+def _initial(activations: Tensor, tokens: int, initialisation: str, random: torch.Generator) -> Tensor:
+    """(heads, tokens, size), fp32: what real tokens gave, or normal noise."""
+    heads, length, size = activations.shape
+    if initialisation == "random":
+        return torch.empty(heads, tokens, size).normal_(std=0.02, generator=random)
+    return activations.float().cpu()[:, torch.arange(tokens) % length].clone()
+
+
+def _attention_calls(backbone: Backbone, tokens: int, seed: int) -> list[AttentionCall]:
+    model = backbone.model
+    with torch.no_grad(), evaluating(model), recorded_attention(model) as calls:
+        model(**tiny_inputs(model, tokens=tokens, decoder_tokens=tokens, start=seed))
+    return calls
+
+
+def _place(backbone: Backbone, name: str, in_order: list[str]) -> str | None:
+    """One of `PLACES` in an encoder-decoder, None in a single stack.
+
+    In a decoder block the first attention called is the self attention, any later one reads the encoder.
+    """
+    if not getattr(backbone.model.config, "is_encoder_decoder", False):
+        return None
+    if any(module is backbone.module(name) for module in backbone.model.get_encoder().modules()):
+        return "encoder"
+    block = next((b for stack in backbone.anatomy.blocks for b in stack if name.startswith(b + ".")), name)
+    first = next(other for other in in_order if other.startswith(block + "."))
+    return "decoder" if name == first else "cross"

@@ -1,0 +1,218 @@
+"""Adapter folders: what an injection trained, on disk.
+
+    adapter_model.safetensors   the tensors, under PEFT's key convention for every strategy
+    lightsft.json               strategy and options, seed, task, and a sketch of the backbone it belongs to
+    adapter_config.json         for strategies that PEFT knows too: its configuration, so PeftModel opens the folder
+
+Nothing in it depends on time or place: the same training writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightsft import registry
+from lightsft.backbone import Backbone
+from lightsft.errors import ArtifactError, LightsftError
+from lightsft.files import write_file, write_json
+from lightsft.injection import Injection, Strategy
+
+TENSORS, SETTINGS, PEFT_SETTINGS = "adapter_model.safetensors", "lightsft.json", "adapter_config.json"
+KEY_PREFIX = "base_model.model."
+FORMAT = 1
+
+
+@runtime_checkable
+class WritesCompanions(Protocol):
+    """A strategy that writes more files into its folder (PEFT's configuration, a whole checkpoint)."""
+
+    def write_companions(self, injection: Injection, directory: Path) -> None:
+        """Write them."""
+        ...
+
+
+@runtime_checkable
+class ReadsPeft(Protocol):
+    """A strategy class that recognises PEFT configurations."""
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Strategy | None:
+        """The strategy that this configuration and these tensors mean, or None if they are another's."""
+        ...
+
+
+def save(injection: Injection, directory: Path, *, task: Mapping[str, Any] | None = None) -> Path:
+    """Write the adapter folder; `task` is what `Task.describe()` says, kept for prediction."""
+    tensors = {
+        KEY_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in injection.tensors().items()
+    }
+    write_file(directory / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_json(directory / SETTINGS, _settings(injection, task))
+    if isinstance(injection.strategy, WritesCompanions):
+        injection.strategy.write_companions(injection, directory)
+    return directory
+
+
+def load(directory: str | Path, backbone: Backbone | PreTrainedModel | None = None) -> Injection:
+    """Put a saved strategy onto `backbone` (by default the one it was trained on, loaded from where it was).
+
+    Reads lightsft's folders and PEFT's. Raises ArtifactError for a damaged file, for missing, extra or misshapen
+    tensors, and for a backbone other than the one it was trained on.
+    """
+    directory = Path(directory)
+    tensors = read_tensors(directory)
+    settings = read_settings(directory)
+    if backbone is None:
+        backbone = load_base(directory)
+    elif not isinstance(backbone, Backbone):
+        backbone = Backbone(backbone)
+    if settings is not None:
+        _check_base(directory, settings, backbone)
+        strategy = registry.strategy(settings["strategy"], **settings["options"])
+        injection = strategy.inject(backbone, seed=settings["seed"])
+    else:
+        injection = _strategy_from_peft(directory, tensors).inject(backbone)
+    try:
+        injection.load_tensors(tensors, origin=str(directory))
+    except LightsftError:
+        injection.eject()
+        raise
+    return injection
+
+
+def load_base(directory: Path, base: str | None = None, **options: Any) -> Backbone:
+    """The backbone that a folder was trained on, from `base` or from where it was then."""
+    settings = read_settings(directory) or {}
+    peft = read_peft_settings(directory) or {}
+    source = base or settings.get("base", {}).get("source") or peft.get("base_model_name_or_path")
+    if not source:
+        raise ArtifactError(
+            f"{directory} does not say which model it was trained on",
+            expected="the backbone",
+            todo="name it: lightsft.load(directory, backbone), or --base MODEL",
+        )
+    task = settings.get("task") or {}
+    chosen = {"task": task.get("name", "classification" if peft.get("task_type") == "SEQ_CLS" else "chat"), **options}
+    if task.get("labels"):
+        chosen["labels"] = task["labels"]
+    return Backbone.load(source, **chosen)
+
+
+def read_settings(directory: Path) -> dict[str, Any] | None:
+    """The content of lightsft.json, or None in a folder that PEFT wrote."""
+    return _read_json(directory, SETTINGS)
+
+
+def read_peft_settings(directory: Path) -> dict[str, Any] | None:
+    """The content of adapter_config.json, or None."""
+    return _read_json(directory, PEFT_SETTINGS)
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether this folder holds a saved strategy."""
+    return (directory / TENSORS).is_file()
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of an adapter folder, without the key prefix."""
+    path = directory / TENSORS
+    if not path.is_file():
+        raise ArtifactError(
+            f"{directory} holds no {TENSORS}",
+            expected="an adapter folder written by lightsft or PEFT",
+            todo="check the path; a merged checkpoint needs no adapter: load it with transformers",
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key.removeprefix(KEY_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} is damaged: {error}", expected="a complete safetensors file", todo="copy or train it again"
+        ) from error
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if broken:
+        raise ArtifactError(
+            f"{path} holds NaN or infinite values in {', '.join(broken[:5])}",
+            expected="finite numbers",
+            todo="the training diverged: lower the learning rate and train again",
+        )
+    return tensors
+
+
+def _settings(injection: Injection, task: Mapping[str, Any] | None) -> dict[str, Any]:
+    backbone = injection.backbone
+    options = dataclasses.asdict(injection.strategy)  # type: ignore[call-overload]
+    return {
+        "format": FORMAT,
+        "strategy": registry.name_of(injection.strategy),
+        "options": options,
+        "seed": injection.seed,
+        "task": dict(task) if task is not None else _task_of(backbone),
+        "base": {
+            "source": backbone.source,
+            "class": type(backbone.model).__name__,
+            "model_type": backbone.model.config.model_type,
+            "sketch": injection.sketch,
+        },
+    }
+
+
+def _task_of(backbone: Backbone) -> dict[str, Any] | None:
+    if backbone.task is None:
+        return None
+    labels = backbone.model.config.id2label if backbone.head else {}
+    return {"name": backbone.task, "labels": [labels[index] for index in sorted(labels)]}
+
+
+def _check_base(directory: Path, settings: Mapping[str, Any], backbone: Backbone) -> None:
+    base = settings["base"]
+    different = backbone.differences(base["sketch"])
+    if different:
+        shown = "\n  ".join(different[:6]) + (f"\n  and {len(different) - 6} more" if len(different) > 6 else "")
+        raise ArtifactError(
+            f"{directory} was trained on another backbone than this {type(backbone.model).__name__}:\n  {shown}",
+            expected=f"the {base['class']} from {base['source']}",
+            todo="load it onto that model",
+        )
+
+
+def _strategy_from_peft(directory: Path, tensors: Mapping[str, Tensor]) -> Strategy:
+    config = read_peft_settings(directory)
+    if config is None:
+        raise ArtifactError(
+            f"{directory} holds neither {SETTINGS} nor {PEFT_SETTINGS}",
+            expected="an adapter folder written by lightsft or PEFT",
+        )
+    readers = [kind for kind in registry.strategies().values() if isinstance(kind, ReadsPeft)]
+    for reader in readers:
+        strategy = reader.from_peft(config, tensors)
+        if strategy is not None:
+            return strategy
+    raise ArtifactError(
+        f"{directory} is a PEFT folder of type {config.get('peft_type')!r}",
+        expected="a type that an installed strategy reads (LORA)",
+        todo="open it with PEFT",
+    )
+
+
+def _read_json(directory: Path, name: str) -> dict[str, Any] | None:
+    path = directory / name
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}", expected="JSON", todo="copy or train it again") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} holds a {type(content).__name__}", expected="a JSON object")
+    return content

@@ -1,0 +1,237 @@
+"""Backbone: a transformers model for a task, with its tokenizer, its anatomy and a sketch of its weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from lightsft.anatomy import Anatomy, read_anatomy
+from lightsft.device import choose_device, choose_dtype
+from lightsft.errors import BackboneError
+
+AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification", "chat": "AutoModelForCausalLM"}
+SKETCH_TENSORS, SKETCH_VALUES = 24, 8
+
+
+class Backbone:
+    """A pretrained model that strategies are injected into.
+
+    `model` is the transformers model itself, `tokenizer` may be None, `source` is where the weights came from.
+    `compute_dtype` is the type it computes in; its weights may be wider (float32 masters for full tuning), in which
+    case the trainer runs it under autocast.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        tokenizer: Any | None = None,
+        task: str | None = None,
+        source: str | None = None,
+        fresh: Sequence[str] = (),
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise BackboneError(
+                f"a {type(model).__name__} was given as backbone",
+                expected="a transformers PreTrainedModel, or use Backbone.load(path_or_id, task=...)",
+                todo="unwrap it first, for example `model.get_base_model()` for a PEFT model",
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.task = task
+        self.source = source or str(getattr(model, "name_or_path", "") or "") or None
+        self.fresh = frozenset(fresh)
+        self.compute_dtype = compute_dtype or model.dtype
+        self.stored_dtype = model.dtype  # of the weights as loaded; masters of trained ones may be wider
+        self.carries: str | None = None  # the strategy that is injected, if any
+
+    @classmethod
+    def load(
+        cls,
+        path_or_id: str | Path,
+        *,
+        task: str = "classification",
+        labels: Sequence[str] | None = None,
+        dtype: str | torch.dtype = "auto",
+        weight_dtype: str | torch.dtype | None = None,
+        device: str = "auto",
+        seed: int = 0,
+    ) -> Backbone:
+        """Load a local folder, a hub id or a GGUF file for `task` ("classification" or "chat").
+
+        `labels` names the classes in order and sizes the head. `dtype` is what it computes in ("auto": what is fast
+        and safe on the device), `weight_dtype` what its weights are kept in (default: the same; "checkpoint": as
+        stored). A head the checkpoint does not hold is initialised from `seed`.
+        Raises BackboneError when nothing can be loaded from there.
+        """
+        place = choose_device(device)
+        compute = choose_dtype(dtype, place) if dtype != "checkpoint" else None
+        if weight_dtype is None:
+            weights = compute if compute is not None else "auto"
+        else:
+            weights = "auto" if weight_dtype == "checkpoint" else choose_dtype(weight_dtype, place)
+        folder, gguf = _locate(path_or_id)
+        options: dict[str, Any] = {"dtype": weights, **_gguf_options(gguf)}
+        if labels is not None:
+            options["num_labels"] = len(labels)
+            options["id2label"] = dict(enumerate(labels))
+            options["label2id"] = {label: index for index, label in enumerate(labels)}
+            options["ignore_mismatched_sizes"] = True
+        with _loading(str(path_or_id)), _seeded(seed):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+            model, info = _auto_class(task).from_pretrained(folder, output_loading_info=True, **options)
+        fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+        _give_padding(model, tokenizer)
+        if compute is None:
+            compute = model.dtype
+        return cls(
+            model.to(place),
+            tokenizer=tokenizer,
+            task=task,
+            source=str(path_or_id),
+            fresh=[name for name in fresh if name in dict(model.named_parameters())],
+            compute_dtype=compute,
+        )
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """The roles of the model's modules; see `lightsft.anatomy`."""
+        return read_anatomy(self.model, self.fresh)
+
+    @property
+    def head(self) -> frozenset[str]:
+        """Parameter names of the task head, which every strategy trains and saves whole."""
+        return self.anatomy.head
+
+    def module(self, name: str) -> nn.Module:
+        """The module with this dotted name."""
+        return self.model.get_submodule(name)
+
+    def sketch(self) -> dict[str, list[float]]:
+        """A few values of a few weights, to tell one backbone from another whatever type it is loaded in.
+
+        SKETCH_VALUES values of SKETCH_TENSORS matrices, spread evenly over the model, without the head.
+        """
+        names = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.ndim >= 2 and parameter.is_floating_point() and name not in self.head and "lightsft" not in name
+        ]
+        step = max(1, len(names) // SKETCH_TENSORS)
+        return {name: _some_values(self.model.get_parameter(name)) for name in names[::step][:SKETCH_TENSORS]}
+
+    def differences(self, sketch: dict[str, list[float]]) -> list[str]:
+        """How this backbone differs from the one that `sketch` was taken of; empty when it is the same.
+
+        Values are compared to 16-bit precision, since either may have been loaded in half precision.
+        """
+        parameters = dict(self.model.named_parameters())
+        found = []
+        for name, expected in sketch.items():
+            if name not in parameters:
+                found.append(f"no weight named {name}")
+                continue
+            values = torch.tensor(_some_values(parameters[name]))
+            other = torch.tensor(expected)
+            if values.shape != other.shape or not torch.allclose(values, other, rtol=2**-6, atol=1e-4):
+                found.append(f"{name} holds other values")
+        return found
+
+
+def _some_values(parameter: nn.Parameter) -> list[float]:
+    flat = parameter.detach().flatten()
+    picked = flat[:: max(1, flat.numel() // SKETCH_VALUES)][:SKETCH_VALUES]
+    return [float(value) for value in picked.float().cpu()]
+
+
+def _locate(path_or_id: str | Path) -> tuple[str, str | None]:
+    """(folder or hub id, GGUF file name or None) of what was asked for."""
+    path = Path(path_or_id)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BackboneError(f"no file {path}", expected="a GGUF file, a folder or a hub id")
+        return str(path.parent), path.name
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        if not (path / "config.json").exists():
+            if len(files) == 1:
+                return str(path), files[0]
+            raise BackboneError(
+                f"{path} holds no config.json" + (f" and {len(files)} GGUF files" if files else ""),
+                expected="a transformers checkpoint folder, or one GGUF file",
+                todo=f"name one: {path / files[0]}" if files else "check the path",
+            )
+        return str(path), None
+    if str(path_or_id).startswith((".", "/", "~")) or str(path_or_id).count("/") > 1:
+        raise BackboneError(
+            f"no folder {path_or_id}", expected="a folder, a GGUF file or a hub id", todo="check the path"
+        )
+    return str(path_or_id), None
+
+
+def _gguf_options(gguf: str | None) -> dict[str, Any]:
+    if gguf is None:
+        return {}
+    options: dict[str, Any] = {"gguf_file": gguf}
+    config = getattr(transformers, "GgufConfig", None)
+    if config is not None:
+        options["quantization_config"] = config(dequantize=True)
+    return options
+
+
+def _auto_class(task: str) -> Any:
+    if task not in AUTO_CLASSES:
+        raise BackboneError(f"no task named {task!r}", expected=f"one of {', '.join(AUTO_CLASSES)}")
+    return getattr(transformers, AUTO_CLASSES[task])
+
+
+def _give_padding(model: PreTrainedModel, tokenizer: Any) -> None:
+    """A tokenizer without a padding token pads with its end token, and the model is told: batches need one."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _loading(path_or_id: str) -> Iterator[None]:
+    """Quiet loading (missing heads are expected, and reported by us), with transformers' errors made readable."""
+    verbosity = transformers.logging.get_verbosity()
+    progress = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(
+            f"cannot load a model from {path_or_id!r}: {str(error).strip().splitlines()[0]}",
+            expected="a transformers checkpoint folder, a GGUF file, or a hub id that can be reached",
+            todo="check the path; a hub id needs a network connection or a filled cache",
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if progress:
+            transformers.logging.enable_progress_bar()
+
+
+def read_config(path_or_id: str) -> Any:
+    """The configuration of a checkpoint, without its weights."""
+    folder, gguf = _locate(path_or_id)
+    with _loading(path_or_id):
+        return AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))

@@ -1,0 +1,232 @@
+"""Strategy (a protocol of one method) and Injection: what a strategy placed on a backbone, whichever strategy it was.
+
+A strategy writes
+
+    with injecting(self, backbone, seed) as injection:
+        for name in ...:
+            injection.add_side(name, MySide(...))
+    return injection
+
+and gets for free: everything else frozen, the task head trained, the probe, `disabled`, `eject`, `merge`, saving.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightsft.backbone import Backbone
+from lightsft.errors import ArtifactError, InjectionError, MergeError
+from lightsft.primitives import AttentionPrefix, PlacedPrefix, PlacedSide, Primitive, Side, Unfreezing
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """A frozen dataclass whose fields are the user's options. Optional: `learning_rate`, a class-level default."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
+        """Place the strategy on `backbone`; new tensors are initialised from (seed, module name)."""
+        ...
+
+
+class Injection:
+    """The primitives that one strategy placed on one backbone. Only their parameters are trainable."""
+
+    def __init__(self, backbone: Backbone, strategy: Strategy, seed: int) -> None:
+        if backbone.carries is not None:
+            raise InjectionError(
+                f"the backbone already carries {backbone.carries}",
+                expected="a backbone without a strategy",
+                todo="call eject() or merge() on that injection first, or load the backbone again",
+            )
+        self.backbone, self.strategy, self.seed = backbone, strategy, seed
+        self.primitives: list[Primitive] = []
+        self.skipped: list[str] = []
+        self.sketch = backbone.sketch()
+        self._trained_before = {name: p.requires_grad for name, p in backbone.model.named_parameters()}
+        backbone.carries = type(strategy).__name__
+        backbone.model.requires_grad_(False)
+
+    # ---- placing
+
+    def add_side(self, name: str, side: Side, *, reads: str | None = None) -> None:
+        """Put `side` on the module `name`; with `reads`, it sees the input of that other module."""
+        self.primitives.append(PlacedSide(self.model, name, side, reads))
+
+    def add_prefix(self, name: str, prefix: AttentionPrefix) -> None:
+        """Put trained keys and values on the attention module `name`."""
+        self.primitives.append(PlacedPrefix(self.model, name, prefix))
+
+    def unfreeze(self, names: Iterable[str]) -> None:
+        """Train the backbone's parameters `names` in place."""
+        taken = {name for p in self.primitives if isinstance(p, Unfreezing) for name in p.names}
+        chosen = sorted(set(names) - taken)
+        if chosen:
+            self.primitives.append(Unfreezing(self.model, chosen, keep_outputs=self.backbone.head))
+
+    # ---- looking
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model, with the strategy on it."""
+        return self.backbone.model
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors by name, in a fixed order."""
+        named = {name: p for primitive in self.primitives for name, p in primitive.trainable().items()}
+        return dict(sorted(named.items()))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable tensors; nothing else requires a gradient."""
+        return list(self.named_parameters().values())
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def total_parameters(self) -> int:
+        """How many numbers the backbone holds, with what was placed on it."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def coverage(self) -> float:
+        """Share of the backbone's in-block matrix weights in modules that carry a primitive, 0 to 1."""
+        covered = {name for primitive in self.primitives for name in primitive.covers()}
+        added = {id(parameter) for parameter in self._added()}
+        inside = {
+            name: parameter.numel()
+            for name, parameter in self.model.named_parameters()
+            if parameter.ndim >= 2 and id(parameter) not in added and self.backbone.anatomy.block_of(name) is not None
+        }
+        return sum(size for name, size in inside.items() if name in covered) / max(1, sum(inside.values()))
+
+    def _added(self) -> Iterator[nn.Parameter]:
+        for primitive in self.primitives:
+            if not isinstance(primitive, Unfreezing):
+                yield from primitive.trainable().values()
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether `merge()` can fold all of it into the backbone's weights."""
+        return all(primitive.mergeable for primitive in self.primitives)
+
+    @property
+    def trains_backbone_weights(self) -> bool:
+        """Whether weights outside the task head are trained in place, so that they are worth fp32 masters."""
+        head = self.backbone.head
+        return any(isinstance(p, Unfreezing) and not set(p.names) <= head for p in self.primitives)
+
+    def learning_rate_ratio(self, name: str) -> float:
+        """By how much the learning rate of the trainable tensor `name` is multiplied."""
+        owner = next(primitive for primitive in self.primitives if name in primitive.trainable())
+        return owner.learning_rate_ratio(name)
+
+    # ---- using
+
+    @contextmanager
+    def disabled(self) -> Iterator[PreTrainedModel]:
+        """Within it, the backbone computes as it did before, bit for bit."""
+        for primitive in self.primitives:
+            primitive.enable(False)
+        try:
+            yield self.model
+        finally:
+            for primitive in self.primitives:
+                primitive.enable(True)
+
+    def eject(self) -> Backbone:
+        """Remove everything: the backbone as it was, bit for bit. What was trained is lost unless saved."""
+        for primitive in reversed(self.primitives):
+            primitive.remove()
+        return self._release()
+
+    def merge(self) -> PreTrainedModel:
+        """Fold everything into the backbone's weights (fp32, one rounding): a plain transformers model.
+
+        Raises MergeError, leaving all in place, if some primitive is not linear.
+        """
+        if not self.mergeable:
+            kind = type(self.strategy).__name__
+            raise MergeError(
+                f"{kind} computes something that no weight of the backbone can express, so it cannot be merged",
+                expected="a strategy that changes weights (full, lora)",
+                todo="ship the saved adapter folder and load it with lightsft.load, or train one that merges",
+            )
+        for primitive in self.primitives:
+            primitive.merge()
+        self._release()
+        return self.model
+
+    def _release(self) -> Backbone:
+        self.primitives = []
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._trained_before[name])
+            parameter.grad = None
+        self.backbone.carries = None
+        return self.backbone
+
+    # ---- saving
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved, by name, sorted."""
+        named = {name: tensor for primitive in self.primitives for name, tensor in primitive.tensors().items()}
+        return dict(sorted(named.items()))
+
+    def load_tensors(self, tensors: dict[str, Tensor], origin: str = "the given tensors") -> None:
+        """Take back what `tensors()` gave. Strict: everything missing, extra or misshapen is reported at once."""
+        wanted = {name: shapes for primitive in self.primitives for name, shapes in primitive.shapes().items()}
+        wrong = [f"missing {name}" for name in sorted(set(wanted) - set(tensors))]
+        wrong += [f"unexpected {name}" for name in sorted(set(tensors) - set(wanted))]
+        wrong += [
+            f"{name} has shape {tuple(tensors[name].shape)}, not {' or '.join(map(str, shapes))}"
+            for name, shapes in sorted(wanted.items())
+            if name in tensors and tuple(tensors[name].shape) not in shapes
+        ]
+        if wrong:
+            shown = "\n  ".join(wrong[:12]) + (f"\n  and {len(wrong) - 12} more" if len(wrong) > 12 else "")
+            raise ArtifactError(
+                f"{origin} does not fit this backbone:\n  {shown}",
+                expected=f"exactly the {len(wanted)} tensors of {type(self.strategy).__name__} on this model",
+                todo="load it onto the model it was trained on",
+            )
+        for primitive in self.primitives:
+            primitive.load({name: tensors[name] for name in primitive.shapes()})
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the adapter folder that `lightsft.load` reads; same tensors, same bytes."""
+        from lightsft.artifact import save
+
+        return save(self, Path(directory))
+
+
+@contextmanager
+def injecting(strategy: Strategy, backbone: Backbone, seed: int) -> Iterator[Injection]:
+    """Open an injection; on leaving, train the task head, probe it all; on an error, put the backbone back."""
+    from lightsft.probe import probe
+
+    injection = Injection(backbone, strategy, seed)
+    try:
+        yield injection
+        injection.unfreeze(backbone.head)
+        if not injection.primitives:
+            raise InjectionError(
+                f"{type(strategy).__name__} placed nothing on {type(backbone.model).__name__}",
+                expected="at least one trainable tensor",
+                todo="check its targets and layers",
+            )
+        probe(injection)
+    except BaseException:
+        injection.eject()
+        raise

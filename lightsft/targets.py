@@ -1,0 +1,124 @@
+"""Which modules a strategy serves: keywords, names, regular expressions, and a choice of layers."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from lightsft.anatomy import is_linear
+from lightsft.backbone import Backbone
+from lightsft.errors import TargetError
+
+KEYWORDS = ("linear", "attention", "mlp", "embedding")
+
+
+def select_modules(
+    backbone: Backbone,
+    targets: str | Sequence[str],
+    *,
+    layers: Sequence[int] | None = None,
+    servable: Callable[[nn.Module], bool] = is_linear,
+) -> list[str]:
+    """Names of the modules that `targets` means, in the model's order; the task head is never among them.
+
+    A target is "linear" (every linear layer in the blocks), "attention" or "mlp" (those inside, those outside the
+    blocks' attentions), "embedding" (the token embedding), a module's name or the end of it ("q_proj",
+    "self_attn.q_proj"), or a regular expression for the whole name. `layers` keeps only blocks with these indices;
+    negative ones count from the end. Every target must match something: TargetError otherwise.
+    """
+    head = {name.rpartition(".")[0] for name in backbone.head}
+    available = [n for n, module in backbone.model.named_modules() if servable(module) and n not in head]
+    chosen: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        matched = _matches(backbone, target, available)
+        if not matched:
+            raise TargetError(*_nothing_matches(backbone, target, available))
+        chosen |= matched
+    if layers is not None:
+        chosen = _in_layers(backbone, chosen, layers)
+    return [name for name in available if name in chosen]
+
+
+def select_parameters(backbone: Backbone, targets: str | Sequence[str]) -> list[str]:
+    """Names of the parameters that `targets` means: a module's name, the end of a name, or a regular expression."""
+    available = [name for name, _ in backbone.model.named_parameters()]
+    chosen: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        matched = {
+            name
+            for name in available
+            if _ends_with(name, target) or any(_ends_with(owner, target) for owner in _ancestors(name))
+        } or _regex_matches(target, available)
+        if not matched:
+            raise TargetError(*_nothing_matches(backbone, target, available))
+        chosen |= matched
+    return [name for name in available if name in chosen]
+
+
+def by_pattern(name: str, patterns: Iterable[tuple[str, float]], default: float) -> float:
+    """The value of the first pattern that is the end of `name` or a regular expression for it, else `default`."""
+    for pattern, value in patterns:
+        if _ends_with(name, pattern) or _regex_matches(pattern, [name]):
+            return value
+    return default
+
+
+def resolve_layers(depth: int, layers: Sequence[int]) -> set[int]:
+    """Layer indices as positive numbers; one outside the model is a TargetError."""
+    outside = [index for index in layers if not -depth <= index < depth]
+    if outside:
+        raise TargetError(
+            f"no layer {outside[0]}: the model has {depth}",
+            expected=f"layer indices from {-depth} to {depth - 1}",
+        )
+    return {index % depth for index in layers}
+
+
+def _matches(backbone: Backbone, target: str, available: list[str]) -> set[str]:
+    anatomy = backbone.anatomy
+    if target == "linear":
+        return set(anatomy.linear) & set(available)
+    if target == "attention":
+        return {name for name in anatomy.linear if anatomy.attention_of(name)} & set(available)
+    if target == "mlp":
+        return {name for name in anatomy.linear if not anatomy.attention_of(name)} & set(available)
+    if target == "embedding":
+        embeddings = backbone.model.get_input_embeddings()
+        return {name for name in available if backbone.module(name) is embeddings}
+    return {name for name in available if _ends_with(name, target)} or _regex_matches(target, available)
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _regex_matches(pattern: str, names: Iterable[str]) -> set[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error:
+        return set()
+    return {name for name in names if compiled.fullmatch(name)}
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _in_layers(backbone: Backbone, names: set[str], layers: Sequence[int]) -> set[str]:
+    wanted = resolve_layers(backbone.anatomy.depth, layers)
+    return {name for name in names if backbone.anatomy.block_of(name) in wanted}
+
+
+def _nothing_matches(backbone: Backbone, target: str, available: list[str]) -> tuple[str]:
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in available if not name.rpartition(".")[2].isdigit()))
+    near = difflib.get_close_matches(target, endings, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "Use targets='linear' to take every linear layer."
+    return (
+        f"no module named {target!r} that can be served in {type(backbone.model).__name__}\n"
+        f"Expected: one of {', '.join(endings[:16])}; or {', '.join(KEYWORDS)}; or a regular expression\n"
+        f"What to do: {hint}",
+    )
