@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightsft import registry
-from lightsft.backbone import Backbone
+from lightsft.backbone import Backbone, same_values
 from lightsft.errors import ArtifactError, LightsftError
 from lightsft.files import write_file, write_json
 from lightsft.injection import Injection, Strategy
@@ -81,6 +81,7 @@ def load(directory: str | Path, backbone: Backbone | PreTrainedModel | None = No
         strategy = registry.strategy(settings["strategy"], **settings["options"])
         injection = strategy.inject(backbone, seed=settings["seed"])
     else:
+        tensors = _without_base_copies(directory, tensors, backbone)
         injection = _strategy_from_peft(directory, tensors).inject(backbone)
     try:
         injection.load_tensors(tensors, origin=str(directory))
@@ -102,7 +103,10 @@ def load_base(directory: Path, base: str | None = None, **options: Any) -> Backb
             todo="name it: lightsft.load(directory, backbone), or --base MODEL",
         )
     task = settings.get("task") or {}
-    chosen = {"task": task.get("name", "classification" if peft.get("task_type") == "SEQ_CLS" else "chat"), **options}
+    chosen = {
+        "task": task.get("name", "classification" if peft.get("task_type") == "SEQ_CLS" else "chat"),
+        **options,
+    }
     if task.get("labels"):
         chosen["labels"] = task["labels"]
     return Backbone.load(source, **chosen)
@@ -137,9 +141,15 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             tensors = {key.removeprefix(KEY_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(
-            f"{path} is damaged: {error}", expected="a complete safetensors file", todo="copy or train it again"
+            f"{path} is damaged: {error}",
+            expected="a complete safetensors file",
+            todo="copy or train it again",
         ) from error
-    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    broken = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
     if broken:
         raise ArtifactError(
             f"{path} holds NaN or infinite values in {', '.join(broken[:5])}",
@@ -178,12 +188,30 @@ def _check_base(directory: Path, settings: Mapping[str, Any], backbone: Backbone
     base = settings["base"]
     different = backbone.differences(base["sketch"])
     if different:
-        shown = "\n  ".join(different[:6]) + (f"\n  and {len(different) - 6} more" if len(different) > 6 else "")
+        shown = "\n  ".join(different[:6]) + (
+            f"\n  and {len(different) - 6} more" if len(different) > 6 else ""
+        )
         raise ArtifactError(
             f"{directory} was trained on another backbone than this {type(backbone.model).__name__}:\n  {shown}",
             expected=f"the {base['class']} from {base['source']}",
             todo="load it onto that model",
         )
+
+
+def _without_base_copies(
+    directory: Path, tensors: Mapping[str, Tensor], backbone: Backbone
+) -> dict[str, Tensor]:
+    """PEFT saves a targeted embedding's own weight along, as `base_layer`: it must be the backbone's."""
+    copies = {name: name.replace(".base_layer.", ".") for name in tensors if ".base_layer." in name}
+    own = backbone.model.state_dict()
+    for name, base_name in copies.items():
+        if base_name not in own or not same_values(own[base_name], tensors[name]):
+            raise ArtifactError(
+                f"{directory} was trained on a model with another {base_name}",
+                expected="the backbone it was trained on",
+                todo="load it onto that model",
+            )
+    return {name: tensor for name, tensor in tensors.items() if name not in copies}
 
 
 def _strategy_from_peft(directory: Path, tensors: Mapping[str, Tensor]) -> Strategy:
@@ -212,7 +240,9 @@ def _read_json(directory: Path, name: str) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}", expected="JSON", todo="copy or train it again") from error
+        raise ArtifactError(
+            f"{path} is damaged: {error}", expected="JSON", todo="copy or train it again"
+        ) from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds a {type(content).__name__}", expected="a JSON object")
     return content

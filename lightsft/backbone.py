@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
 
 from lightsft.anatomy import Anatomy, read_anatomy
 from lightsft.device import choose_device, choose_dtype
@@ -124,16 +124,16 @@ class Backbone:
         names = [
             name
             for name, parameter in self.model.named_parameters()
-            if parameter.ndim >= 2 and parameter.is_floating_point() and name not in self.head and "lightsft" not in name
+            if parameter.ndim >= 2
+            and parameter.is_floating_point()
+            and name not in self.head
+            and "lightsft" not in name
         ]
         step = max(1, len(names) // SKETCH_TENSORS)
         return {name: _some_values(self.model.get_parameter(name)) for name in names[::step][:SKETCH_TENSORS]}
 
     def differences(self, sketch: dict[str, list[float]]) -> list[str]:
-        """How this backbone differs from the one that `sketch` was taken of; empty when it is the same.
-
-        Values are compared to 16-bit precision, since either may have been loaded in half precision.
-        """
+        """How this backbone differs from the one that `sketch` was taken of; empty when it is the same."""
         parameters = dict(self.model.named_parameters())
         found = []
         for name, expected in sketch.items():
@@ -142,9 +142,16 @@ class Backbone:
                 continue
             values = torch.tensor(_some_values(parameters[name]))
             other = torch.tensor(expected)
-            if values.shape != other.shape or not torch.allclose(values, other, rtol=2**-6, atol=1e-4):
+            if not same_values(values, other):
                 found.append(f"{name} holds other values")
         return found
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal to 16-bit precision: either may have been loaded in half precision."""
+    return one.shape == other.shape and torch.allclose(
+        one.float().cpu(), other.float().cpu(), rtol=2**-6, atol=1e-4
+    )
 
 
 def _some_values(parameter: nn.Parameter) -> list[float]:
@@ -230,8 +237,8 @@ def _loading(path_or_id: str) -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def read_config(path_or_id: str) -> Any:
-    """The configuration of a checkpoint, without its weights."""
+def load_tokenizer(path_or_id: str) -> Any:
+    """The tokenizer of a checkpoint, without its weights."""
     folder, gguf = _locate(path_or_id)
     with _loading(path_or_id):
-        return AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+        return AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))

@@ -16,18 +16,26 @@ ENCODER_TOKENS, DECODER_TOKENS = 7, 5  # different, so that cross attention show
 
 
 def tiny_inputs(
-    model: PreTrainedModel, *, tokens: int = ENCODER_TOKENS, decoder_tokens: int = DECODER_TOKENS, start: int = 0
+    model: PreTrainedModel,
+    *,
+    tokens: int = ENCODER_TOKENS,
+    decoder_tokens: int = DECODER_TOKENS,
+    start: int = 0,
 ) -> dict[str, Tensor]:
     """Keyword arguments for one forward pass with batch size 1, on the model's device.
 
-    Text: `input_ids` (1, tokens), another choice for each `start`, spread over the vocabulary and ending in the end-of-sequence token, which some
-    sequence classifiers look for. Images: zeros of the configured size. Otherwise transformers' own dummy inputs.
+    Text: `input_ids` (1, tokens), or fewer where the model has few positions; another choice for each `start`, spread
+    over the vocabulary and ending in the end-of-sequence token, which some sequence classifiers look for. Images:
+    zeros of the configured size. Otherwise transformers' own dummy inputs.
     """
     wanted = str(getattr(model, "main_input_name", "input_ids"))
     if wanted == "pixel_values":
         return {"pixel_values": torch.zeros(1, *_image_shape(model), dtype=model.dtype, device=model.device)}
     if wanted != "input_ids":
         return {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    if positions > 0:  # half of them: some models count from their padding id
+        tokens, decoder_tokens = min(tokens, positions // 2), min(decoder_tokens, positions // 2)
     inputs = {"input_ids": _token_ids(model, tokens, start)}
     accepted = inspect.signature(model.forward).parameters
     if "attention_mask" in accepted:

@@ -34,7 +34,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write sorted, indented JSON: the same content gives the same bytes."""
-    write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(
+        path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 @contextmanager
@@ -85,7 +87,13 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _disk_reason(error: Exception) -> str | None:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EACCES,
+        errno.EROFS,
+    ):
         return os.strerror(error.errno)
     text = str(error)  # safetensors reports the operating system's error as text
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -100,7 +108,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise OutputError(
-            f"{path} is not valid JSON: {error}", expected="a file written by lightsft", todo="delete or restore it"
+            f"{path} is not valid JSON: {error}",
+            expected="a file written by lightsft",
+            todo="delete or restore it",
         ) from error
 
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,7 +31,11 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Strategy(Protocol):
-    """A frozen dataclass whose fields are the user's options. Optional: `learning_rate`, a class-level default."""
+    """A frozen dataclass whose fields are the user's options.
+
+    Optional, read where they are there: `learning_rate`, a class-level default; `trains_weights`, whether it trains
+    weights of the backbone in place, which are then loaded in fp32.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -51,6 +56,7 @@ class Injection:
             )
         self.backbone, self.strategy, self.seed = backbone, strategy, seed
         self.primitives: list[Primitive] = []
+        self._enabled = True
         self.skipped: list[str] = []
         self.sketch = backbone.sketch()
         self._trained_before = {name: p.requires_grad for name, p in backbone.model.named_parameters()}
@@ -108,7 +114,9 @@ class Injection:
         inside = {
             name: parameter.numel()
             for name, parameter in self.model.named_parameters()
-            if parameter.ndim >= 2 and id(parameter) not in added and self.backbone.anatomy.block_of(name) is not None
+            if parameter.ndim >= 2
+            and id(parameter) not in added
+            and self.backbone.anatomy.block_of(name) is not None
         }
         return sum(size for name, size in inside.items() if name in covered) / max(1, sum(inside.values()))
 
@@ -138,13 +146,17 @@ class Injection:
     @contextmanager
     def disabled(self) -> Iterator[PreTrainedModel]:
         """Within it, the backbone computes as it did before, bit for bit."""
-        for primitive in self.primitives:
-            primitive.enable(False)
+        before = self._enabled
+        self._enable(False)
         try:
             yield self.model
         finally:
-            for primitive in self.primitives:
-                primitive.enable(True)
+            self._enable(before)
+
+    def _enable(self, enabled: bool) -> None:
+        self._enabled = enabled
+        for primitive in self.primitives:
+            primitive.enable(enabled)
 
     def eject(self) -> Backbone:
         """Remove everything: the backbone as it was, bit for bit. What was trained is lost unless saved."""
@@ -164,6 +176,7 @@ class Injection:
                 expected="a strategy that changes weights (full, lora)",
                 todo="ship the saved adapter folder and load it with lightsft.load, or train one that merges",
             )
+        self._enable(True)
         for primitive in self.primitives:
             primitive.merge()
         self._release()
@@ -181,12 +194,16 @@ class Injection:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, by name, sorted."""
-        named = {name: tensor for primitive in self.primitives for name, tensor in primitive.tensors().items()}
+        named = {
+            name: tensor for primitive in self.primitives for name, tensor in primitive.tensors().items()
+        }
         return dict(sorted(named.items()))
 
     def load_tensors(self, tensors: dict[str, Tensor], origin: str = "the given tensors") -> None:
         """Take back what `tensors()` gave. Strict: everything missing, extra or misshapen is reported at once."""
-        wanted = {name: shapes for primitive in self.primitives for name, shapes in primitive.shapes().items()}
+        wanted = {
+            name: shapes for primitive in self.primitives for name, shapes in primitive.shapes().items()
+        }
         wrong = [f"missing {name}" for name in sorted(set(wanted) - set(tensors))]
         wrong += [f"unexpected {name}" for name in sorted(set(tensors) - set(wanted))]
         wrong += [
@@ -218,7 +235,8 @@ def injecting(strategy: Strategy, backbone: Backbone, seed: int) -> Iterator[Inj
 
     injection = Injection(backbone, strategy, seed)
     try:
-        yield injection
+        with torch.random.fork_rng(devices=[]):  # new layers draw before they are initialised from the seed
+            yield injection
         injection.unfreeze(backbone.head)
         if not injection.primitives:
             raise InjectionError(

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from lightsft.anatomy import is_within
+from lightsft.dry_run import evaluating, predictions, tiny_inputs
 from lightsft.errors import InjectionError
 from lightsft.injection import Injection
 from lightsft.primitives import Primitive, Unfreezing
 from lightsft.seeding import generator
-from lightsft.dry_run import evaluating, predictions, tiny_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,9 @@ def probe(injection: Injection) -> None:
         outputs = predictions(model(**tiny_inputs(model)))
         loss = torch.stack([tensor.float().pow(2).mean() for tensor in outputs]).sum()
         if not torch.isfinite(loss):
-            raise InjectionError("the model's output is not finite", todo="try dtype='float32', or check the checkpoint")
+            raise InjectionError(
+                "the model's output is not finite", todo="try dtype='float32', or check the checkpoint"
+            )
         loss.backward()
         _drop_what_never_ran(injection, called)
         _check_gradients(injection, called)
@@ -102,7 +104,9 @@ def _may_be_routed_to(injection: Injection, name: str, called: set[str]) -> bool
     for end in range(len(parts) - 1, 0, -1):
         parent, own = ".".join(parts[:end]), parts[end]
         if isinstance(injection.backbone.module(parent), nn.ModuleList):
-            ran = {other.removeprefix(parent + ".").split(".")[0] for other in called if is_within(other, parent)}
+            ran = {
+                other.removeprefix(parent + ".").split(".")[0] for other in called if is_within(other, parent)
+            }
             return bool(ran) and own not in ran
     return False
 

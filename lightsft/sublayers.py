@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lightsft.backbone import Backbone
-from lightsft.primitives.side import first_tensor
 from lightsft.dry_run import evaluating, tiny_inputs
+from lightsft.primitives.side import first_tensor
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def watched(model: nn.Module, names: list[str]) -> Iterator[dict[str, tuple[int,
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in names]
+    handles = [
+        model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in names
+    ]
     try:
         yield shapes
     finally:

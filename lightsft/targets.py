@@ -35,7 +35,7 @@ def select_modules(
     for target in [targets] if isinstance(targets, str) else targets:
         matched = _matches(backbone, target, available)
         if not matched:
-            raise TargetError(*_nothing_matches(backbone, target, available))
+            raise _nothing_matches(backbone, target, available, KEYWORDS)
         chosen |= matched
     if layers is not None:
         chosen = _in_layers(backbone, chosen, layers)
@@ -53,7 +53,8 @@ def select_parameters(backbone: Backbone, targets: str | Sequence[str]) -> list[
             if _ends_with(name, target) or any(_ends_with(owner, target) for owner in _ancestors(name))
         } or _regex_matches(target, available)
         if not matched:
-            raise TargetError(*_nothing_matches(backbone, target, available))
+            owners = [owner for name in available for owner in _ancestors(name)]
+            raise _nothing_matches(backbone, target, owners)
         chosen |= matched
     return [name for name in available if name in chosen]
 
@@ -113,12 +114,17 @@ def _in_layers(backbone: Backbone, names: set[str], layers: Sequence[int]) -> se
     return {name for name in names if backbone.anatomy.block_of(name) in wanted}
 
 
-def _nothing_matches(backbone: Backbone, target: str, available: list[str]) -> tuple[str]:
-    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in available if not name.rpartition(".")[2].isdigit()))
-    near = difflib.get_close_matches(target, endings, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "Use targets='linear' to take every linear layer."
-    return (
-        f"no module named {target!r} that can be served in {type(backbone.model).__name__}\n"
-        f"Expected: one of {', '.join(endings[:16])}; or {', '.join(KEYWORDS)}; or a regular expression\n"
-        f"What to do: {hint}",
+def _nothing_matches(
+    backbone: Backbone, target: str, available: Iterable[str], keywords: Sequence[str] = ()
+) -> TargetError:
+    parts = [name.rpartition(".")[2] for name in available]
+    endings = list(dict.fromkeys(part for part in parts if not part.isdigit()))
+    near = difflib.get_close_matches(target, [*endings, *keywords], n=1)
+    hint = (
+        "Use targets='linear' to take every linear layer." if keywords else "print the model to see its names"
+    )
+    return TargetError(
+        f"nothing in {type(backbone.model).__name__} is named {target!r}",
+        expected=f"one of {', '.join([*keywords, *endings[:16]])}; the end of a full name; or a regular expression",
+        todo=f"did you mean {near[0]!r}?" if near else hint,
     )

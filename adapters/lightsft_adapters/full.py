@@ -43,6 +43,11 @@ class Full:
                     expected="one of the two",
                 )
 
+    @property
+    def trains_weights(self) -> bool:
+        """Whether weights of the backbone proper are trained, so that it is worth loading them in fp32."""
+        return self.targets != "head"
+
     def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
         """Unfreeze the chosen weights of `backbone`."""
         with injecting(self, backbone, seed) as injection:
@@ -53,8 +58,13 @@ class Full:
         """With save="checkpoint", the whole model beside the trained tensors, in the backbone's own type."""
         if self.save == "checkpoint":
             stored = injection.backbone.stored_dtype
-            state = {n: t.to(stored) if t.is_floating_point() else t for n, t in injection.model.state_dict().items()}
+            state = {
+                n: t.to(stored) if t.is_floating_point() else t
+                for n, t in injection.model.state_dict().items()
+            }
             injection.model.save_pretrained(directory, state_dict=state)
+            injection.model.config.dtype = stored  # save_pretrained took it from the fp32 masters
+            injection.model.config.save_pretrained(directory)
 
     def _chosen(self, backbone: Backbone) -> list[str]:
         names = [name for name, _ in backbone.model.named_parameters()]

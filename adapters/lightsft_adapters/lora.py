@@ -44,7 +44,7 @@ class LoRA:
         "pissa" (the principal singular vectors of W), "olora" (its QR decomposition).
     dora: learn magnitude and direction separately.
     lora_plus_ratio: the learning rate of B over that of A (2402.12354; 16 is the paper's value).
-    modules_to_save: parts of the backbone to train whole beside it, by name.
+    modules_to_save: parts of the backbone to train whole, by name; they carry no update.
     """
 
     rank: int = 8
@@ -79,10 +79,11 @@ class LoRA:
     def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
         """Put A and B beside every target of `backbone`."""
         with injecting(self, backbone, seed) as injection:
+            whole = set(select_parameters(backbone, self.modules_to_save))
             for name in select_modules(backbone, self.targets, layers=self.layers, servable=_servable):
-                injection.add_side(name, self._side(backbone, name, seed))
-            if self.modules_to_save:
-                injection.unfreeze(select_parameters(backbone, self.modules_to_save))
+                if f"{name}.weight" not in whole:
+                    injection.add_side(name, self._side(backbone, name, seed))
+            injection.unfreeze(whole)
         return injection
 
     def write_companions(self, injection: Injection, directory: Path) -> None:
@@ -289,7 +290,9 @@ class LoRAEmbeddingSide(Side):
         super().__init__()
         self.scaling = scaling
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, served.num_embeddings))
-        self.lora_embedding_B = nn.Parameter(torch.empty(served.embedding_dim, rank).normal_(generator=random))
+        self.lora_embedding_B = nn.Parameter(
+            torch.empty(served.embedding_dim, rank).normal_(generator=random)
+        )
 
     def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         """The ids are `inputs`, (batch, length)."""

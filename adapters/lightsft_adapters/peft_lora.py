@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightsft import Injection
+from lightsft.anatomy import is_within
 from lightsft.artifact import PEFT_SETTINGS
 from lightsft.errors import ArtifactError
 from lightsft.files import write_json
@@ -17,6 +19,8 @@ from lightsft.primitives import PlacedSide, Unfreezing
 
 if TYPE_CHECKING:
     from lightsft_adapters.lora import LoRA
+
+logger = logging.getLogger(__name__)
 
 _TASK_TYPES = {"classification": "SEQ_CLS", "chat": "CAUSAL_LM"}
 _INITIALISATIONS = {"pissa": "pissa", "olora": "olora", "gaussian": "gaussian"}
@@ -28,7 +32,19 @@ _UNREADABLE = (
 
 
 def write_peft_config(lora: LoRA, injection: Injection, directory: Path) -> None:
-    """Write adapter_config.json. PiSSA and OLoRA are saved as plain LoRA of twice the rank, same scaling."""
+    """Write adapter_config.json. PiSSA and OLoRA are saved as plain LoRA of twice the rank, same scaling.
+
+    PEFT trains modules in place whole, and apart from those they are tied to. Where that would compute something
+    else than this injection, no configuration is written, so that PEFT refuses the folder.
+    """
+    whole, parts = _whole_modules(injection)
+    if parts or _any_tied(injection, whole):
+        (directory / PEFT_SETTINGS).unlink(missing_ok=True)
+        reason = (
+            f"{parts[0]} is trained without the rest of its module" if parts else "a trained weight is tied"
+        )
+        logger.warning("PEFT cannot open %s (lightsft can): %s", directory, reason)
+        return
     names = [primitive.name for primitive in injection.primitives if isinstance(primitive, PlacedSide)]
     doubled = 2 if lora.initialisation in ("pissa", "olora") else 1
     stretch = doubled**0.5 if lora.rank_stabilised else doubled
@@ -53,7 +69,7 @@ def write_peft_config(lora: LoRA, injection: Injection, directory: Path) -> None
             "target_modules": _shortest_names(injection, names),
             "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
             "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
-            "modules_to_save": _whole_modules(injection) or None,
+            "modules_to_save": whole or None,
         },
     )
 
@@ -128,13 +144,23 @@ def _shortest_names(injection: Injection, names: list[str]) -> list[str]:
     return endings if matched == set(names) else sorted(names)
 
 
-def _whole_modules(injection: Injection) -> list[str]:
-    """The largest modules all of whose parameters are trained in place."""
+def _whole_modules(injection: Injection) -> tuple[list[str], list[str]]:
+    """The largest modules all of whose parameters are trained in place; and trained parameters outside them."""
     trained = {name for p in injection.primitives if isinstance(p, Unfreezing) for name in p.names}
     owned = {
         path: {f"{path}.{name}" for name, _ in module.named_parameters()}
         for path, module in injection.model.named_modules()
-        if path
+        if path and not isinstance(module, nn.ModuleList)
     }
     whole = [path for path, names in owned.items() if names and names <= trained]
-    return sorted(path for path in whole if path.rpartition(".")[0] not in whole)
+    largest = sorted(path for path in whole if not any(path.startswith(other + ".") for other in whole))
+    return largest, sorted(trained - {name for path in largest for name in owned[path]})
+
+
+def _any_tied(injection: Injection, paths: list[str]) -> bool:
+    """Whether a module outside `paths` reads a weight of theirs."""
+    tensors = {id(p) for path in paths for p in injection.backbone.module(path).parameters()}
+    return any(
+        id(parameter) in tensors and not any(is_within(name, path) for path in paths)
+        for name, parameter in injection.model.named_parameters(remove_duplicate=False)
+    )

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lightsft import Backbone, Injection, injecting
+from lightsft.dry_run import evaluating, tiny_inputs
 from lightsft.errors import TargetError
 from lightsft.primitives import AttentionPrefix
 from lightsft.primitives.attention_prefix import AttentionCall, recorded_attention
 from lightsft.seeding import generator
 from lightsft.targets import resolve_layers
-from lightsft.dry_run import evaluating, tiny_inputs
 from lightsft_adapters.checks import at_least, one_of, probability
 
 PLACES = ("encoder", "decoder", "cross")
@@ -89,7 +89,9 @@ class Prefix:
 
     def _prefix(self, call: AttentionCall, random: torch.Generator) -> AttentionPrefix:
         if self.reparameterisation:
-            return ReparameterisedPrefix(call, self.num_virtual_tokens, self.hidden_size, self.dropout, random)
+            return ReparameterisedPrefix(
+                call, self.num_virtual_tokens, self.hidden_size, self.dropout, random
+            )
         return PlainPrefix(call, self.num_virtual_tokens, self.initialisation, self.dropout, random)
 
 

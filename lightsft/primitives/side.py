@@ -59,12 +59,14 @@ class PlacedSide(Primitive):
         self.name, self.reads, self.model = name, reads, model
         if SIDE in self.served._modules:
             raise InjectionError(
-                f"{name} already carries a side module", expected="one side per module", todo="name each target once"
+                f"{name} already carries a side module",
+                expected="one side per module",
+                todo="name each target once",
             )
         reference = next((parameter for parameter in self.served.parameters()), None)
         if reference is not None:
             side.to(reference.device)
-        self.served.add_module(SIDE, side)
+        self.served.add_module(SIDE, side.train(self.served.training))
         self.served.register_forward_hook(run_side, with_kwargs=True)
         if reads is not None:
             reader = model.get_submodule(reads)
@@ -106,7 +108,9 @@ class PlacedSide(Primitive):
     def covers(self) -> set[str]:
         """The parameters of the served module."""
         return {
-            f"{self.name}.{name}" for name, _ in self.served.named_parameters() if not name.startswith((SIDE, TAP))
+            f"{self.name}.{name}"
+            for name, _ in self.served.named_parameters()
+            if not name.startswith((SIDE, TAP))
         }
 
     @property
@@ -136,7 +140,9 @@ class PlacedSide(Primitive):
         return self.side.learning_rate_ratio(name.removeprefix(f"{self.name}."))
 
 
-def run_side(served: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+def run_side(
+    served: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor | None:
     """Forward hook of a served module."""
     side = served._modules[SIDE]
     assert isinstance(side, Side)
@@ -160,7 +166,9 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value
-    raise InjectionError("a served module was called without a tensor", expected="a module that takes a tensor")
+    raise InjectionError(
+        "a served module was called without a tensor", expected="a module that takes a tensor"
+    )
 
 
 def _drop_hook(hooks: dict[int, Any], with_kwargs: dict[int, bool], function: Any) -> None:

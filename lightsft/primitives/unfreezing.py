@@ -18,7 +18,9 @@ from lightsft.primitives.base import Primitive
 class Unfreezing(Primitive):
     """The parameters called `names`, trained whole. The originals are kept, for `disabled()` and `eject()`."""
 
-    def __init__(self, model: nn.Module, names: list[str], *, keep_outputs: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, model: nn.Module, names: list[str], *, keep_outputs: frozenset[str] = frozenset()
+    ) -> None:
         """`keep_outputs`: of these parameters' modules the output stays fp32 (a task head's logits)."""
         self.name = "unfreezing"
         self.model = model
@@ -62,14 +64,16 @@ class Unfreezing(Primitive):
         self.names = tuple(name for name in self.names if name not in set(names))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Their present values: the delta is saved as new values, so that loading is exact."""
+        """Their trained values: the delta is saved as new values, so that loading is exact."""
+        if self._hidden is not None:
+            return {name: self._hidden[name] for name in self.names}
         return {name: parameter.detach() for name, parameter in self.trainable().items()}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Copy saved values into the parameters."""
-        for name, parameter in self.trainable().items():
-            parameter.copy_(tensors[name])
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
 
     def enable(self, enabled: bool) -> None:
         """Swap the originals in, or the trained values back; a second call with the same value does nothing."""

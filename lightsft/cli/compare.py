@@ -1,0 +1,45 @@
+"""`lightsft compare`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import typer
+
+from lightsft.cli.options import takes_fields_of
+from lightsft.config import RunConfig
+
+NAME = "compare"
+
+
+@takes_fields_of(RunConfig)
+def command(config: RunConfig) -> None:
+    """Train several strategies on the same splits, report which one to use, merge the winner.
+
+    Run the same command again after an interruption to continue.
+    """
+    run_comparison(config, shlex.join(["lightsft", *sys.argv[1:]]))
+
+
+def run_comparison(config: RunConfig, command_line: str) -> None:
+    """Compare with a live display; print where things are; exit 1 if a trial failed, 130 if interrupted."""
+    from lightsft.comparison.compare import Interrupted, compare
+
+    try:
+        results = compare(config, command=command_line)
+    except Interrupted as interruption:
+        typer.echo(f"\n{interruption}\nRun the same command again to continue.", err=True)
+        raise typer.Exit(130) from None
+    failed = [trial for trial in results["trials"] if trial["status"] == "failed"]
+    winner = results["winner"]
+    if winner:
+        typer.echo(f"\nwinner      {winner['strategy']} (seed {winner['seed']}): {winner['note']}")
+        typer.echo(f"adapter     {config.out / winner['adapter']}")
+    typer.echo(f"report      {config.out / 'report.html'}")
+    if winner and winner["merged"]:
+        typer.echo(f"merged      {config.out / winner['merged']}")
+    for trial in failed:
+        typer.echo(f"failed      {trial['strategy']} seed {trial['seed']}: {trial['error']}", err=True)
+    if failed:
+        raise typer.Exit(1)

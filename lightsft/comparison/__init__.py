@@ -1,0 +1,1 @@
+"""Strategies on the same data, same splits and same seeds: trials, statistics, report, winner."""

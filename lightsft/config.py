@@ -1,0 +1,249 @@
+"""What a run is made of: the same keys in a YAML file, on the command line and in Python, all checked at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from lightsft.errors import ConfigurationError
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 2e-4 as a string."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+Share = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=0.5)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class StrategySpec(BaseModel):
+    """A strategy to train: its name, its options, and what to call it in results."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    label: str = ""
+    learning_rate: Positive | None = None
+
+    @classmethod
+    def parse(cls, text: str | Mapping[str, Any] | StrategySpec) -> StrategySpec:
+        """From `lora`, `lora(rank=16, targets=attention)`, or a mapping {name, options..., label, learning_rate}."""
+        if isinstance(text, StrategySpec):
+            return text
+        if isinstance(text, Mapping):
+            return cls._from_mapping(text)
+        match = re.fullmatch(r"\s*([\w./-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
+        if match is None:
+            raise ConfigurationError(
+                f"cannot read the strategy {text!r}",
+                expected="a name, or a name with options: lora(rank=16, alpha=32)",
+            )
+        options = dict(_option(part, text) for part in split_list(match[2] or ""))
+        return cls._from_mapping({"name": match[1], "label": re.sub(r"\s+", "", text), **options})
+
+    @classmethod
+    def _from_mapping(cls, mapping: Mapping[str, Any]) -> StrategySpec:
+        if "name" not in mapping:
+            raise ConfigurationError(f"the strategy {dict(mapping)} has no name", expected="name: lora")
+        own = {key: mapping[key] for key in ("name", "label", "learning_rate") if key in mapping}
+        options = {**mapping.get("options", {})}
+        options |= {key: value for key, value in mapping.items() if key not in (*own, "options")}
+        return cls(**{"label": mapping["name"], **own}, options=options)
+
+
+def _option(text: str, whole: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigurationError(f"cannot read {text!r} in {whole!r}", expected="options as key=value")
+    return key.strip(), _number(yaml.safe_load(value)) if re.match(
+        r"^[\d.+-]", value.strip()
+    ) else yaml.safe_load(value)
+
+
+def split_list(text: str) -> list[str]:
+    """Split on commas that are not inside brackets or quotes."""
+    parts = re.findall(r"""(?:[^,()\[\]{}"']|\([^()]*\)|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+""", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _strategies(value: Any) -> Any:
+    items = split_list(value) if isinstance(value, str) else value
+    return [StrategySpec.parse(item) for item in items] if isinstance(items, Sequence) else items
+
+
+def _labels(value: Any) -> Any:
+    return tuple(split_list(value)) if isinstance(value, str) else value
+
+
+class TrainConfig(BaseModel):
+    """What every run needs: model, task, data, and how to train. Field descriptions are the command line's help."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+    model: str
+    """Base model: a folder, a GGUF file or a hub id."""
+    out: Path
+    """Folder for everything this run writes; it must not exist yet, or hold the same run."""
+    task: Literal["classification", "chat"] = "classification"
+    """classification, or chat (instruction tuning)."""
+
+    data: str
+    """Rows: a csv, tsv, jsonl, json or parquet file, a saved data set, or a hub id."""
+    validation_data: str | None = None
+    """Validation rows; without it they are split off by hash of the text."""
+    test_data: str | None = None
+    """Test rows; without it they are split off by hash of the text."""
+    text: str = "text"
+    """Column with the text."""
+    text_pair: str | None = None
+    """Column with a second text, for pairs."""
+    label: str = "label"
+    """Column with the label."""
+    labels: Annotated[tuple[str, ...] | None, BeforeValidator(_labels)] = None
+    """All labels in order, comma-separated; by default those that occur, sorted."""
+    encoding: str = "utf-8"
+    """Encoding of text files."""
+    validation_share: Share = 0.1
+    """Share of the rows that is split off for validation."""
+    test_share: Share = 0.1
+    """Share of the rows that is split off for the test."""
+    max_train_examples: Count | None = None
+    """Train on at most so many rows, chosen by hash."""
+    max_validation_examples: Count | None = None
+    """Validate on at most so many rows."""
+    max_test_examples: Count | None = None
+    """Test on at most so many rows."""
+    max_length: Count | None = None
+    """Longest input in tokens (128 for classification, 512 for chat)."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, where the tokenizer has none."""
+
+    metric: str | None = None
+    """Score that picks checkpoints and the winner (accuracy for classification, loss for chat)."""
+    epochs: Positive = 3.0
+    """Passes over the training rows."""
+    batch_size: Count = 16
+    """Rows per step on each device."""
+    evaluation_batch_size: Count = 64
+    """Rows per step in evaluation."""
+    gradient_accumulation: Count = 1
+    """Steps whose gradients are summed into one update."""
+    learning_rate: Positive | None = None
+    """Learning rate of every strategy; by default each strategy's own."""
+    scheduler: str = "linear"
+    """Learning-rate schedule, by transformers' name."""
+    warmup: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    max_gradient_norm: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    optimizer: str = "adamw_torch"
+    """Optimizer, by transformers' name."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    early_stopping: Count | None = None
+    """Stop after so many epochs without a better validation score."""
+    dtype: str = "auto"
+    """Type to compute in: auto, float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto, cpu, cuda, xpu or mps."""
+
+
+class SingleConfig(TrainConfig):
+    """What `lightsft train` takes: one strategy, one seed."""
+
+    strategy: Annotated[StrategySpec, BeforeValidator(StrategySpec.parse)] = StrategySpec(
+        name="lora", label="lora"
+    )
+    """Strategy, with options if you like: lora, or "lora(rank=16, alpha=32)"."""
+    seed: int = 0
+    """Decides new weights, the order of the rows and dropout."""
+
+
+class RunConfig(TrainConfig):
+    """What `lightsft compare` takes: strategies times seeds."""
+
+    strategies: Annotated[tuple[StrategySpec, ...], BeforeValidator(_strategies), Field(min_length=1)]
+    """Strategies, comma-separated: full,lora,"lora(rank=16)"."""
+    seeds: Count = 3
+    """Trials per strategy, with seeds 0, 1, ..."""
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def build(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """Validate `values`; every problem is reported at once, with the names of keys that are close."""
+    try:
+        config = kind(**values)
+    except ValidationError as error:
+        problems = [_problem(item, kind) for item in error.errors()]
+        raise ConfigurationError(
+            "the configuration has errors:\n  " + "\n  ".join(problems),
+            expected=f"the keys {', '.join(kind.model_fields)}",
+            todo="correct them in the file, or with --set key=value",
+        ) from error
+    labels = [spec.label for spec in getattr(config, "strategies", ())]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ConfigurationError(
+            f"the strategy {twice[0]!r} is listed twice", expected="each strategy once, or a label"
+        )
+    return config
+
+
+def _problem(item: Any, kind: type[BaseModel]) -> str:
+    import difflib
+
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, kind.model_fields, n=1)
+        return f"{name}: no such key" + (f"; did you mean {near[0]}?" if near else "")
+    if item["type"] == "missing":
+        return f"{name}: missing"
+    return f"{name}: {item['msg']}, got {item['input']!r}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    if not path.is_file():
+        raise ConfigurationError(
+            f"no configuration file {path}", expected="a YAML file", todo="check the path"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not valid YAML: {error}", expected="key: value lines") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} holds a {type(content).__name__}", expected="key: value lines")
+    return content
+
+
+def with_settings(values: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """`values` with `a.b=c` settings applied; the values are read as YAML."""
+    result = dict(values)
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals or not path:
+            raise ConfigurationError(f"cannot read --set {setting!r}", expected="--set key=value")
+        *parents, last = path.split(".")
+        place = result
+        for parent in parents:
+            place[parent] = dict(place.get(parent) or {})
+            place = place[parent]
+        place[last] = yaml.safe_load(text)
+    return result

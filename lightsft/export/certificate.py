@@ -1,0 +1,116 @@
+"""The certificate of a merged checkpoint: what was compared with what, on how much, and how far apart they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightsft.artifact import TENSORS
+from lightsft.backbone import AUTO_CLASSES, Backbone
+from lightsft.dry_run import evaluating
+from lightsft.errors import MergeError
+from lightsft.files import sha256
+
+Batch = dict[str, Tensor]
+FULL_PRECISION_LIMIT = 1e-4  # of the largest logit: fp32 arithmetic in another order
+HALF_PRECISION_LIMIT = 0.25  # of the strategy's own mean effect: one rounding of the merged weights to 16 bit
+CERTIFICATE = "certificate.json"
+
+
+def logits_of(backbone: Backbone, batches: Sequence[Batch]) -> list[Tensor]:
+    """The logits of each batch in fp32, without dropout."""
+    with torch.no_grad(), evaluating(backbone.model):
+        return [
+            backbone.model(**{name: value.to(backbone.model.device) for name, value in batch.items()})
+            .logits.float()
+            .cpu()
+            for batch in batches
+        ]
+
+
+def plain_logits(checkpoint: Path, task: str, batches: Sequence[Batch]) -> list[Tensor]:
+    """The same from a checkpoint folder, by transformers alone in a process where lightsft cannot be imported."""
+    with tempfile.TemporaryDirectory() as scratch:
+        stored, written = Path(scratch) / "batches.safetensors", Path(scratch) / "logits.safetensors"
+        save_file(
+            {f"{i}.{name}": t.contiguous() for i, b in enumerate(batches) for name, t in b.items()}, stored
+        )
+        script = Path(__file__).with_name("plain_logits.py")
+        command = [
+            sys.executable,
+            str(script),
+            str(checkpoint),
+            AUTO_CLASSES[task],
+            str(stored),
+            str(written),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise MergeError(
+                f"the merged checkpoint does not load with plain transformers: {done.stderr.strip()[-800:]}",
+                expected=f"{AUTO_CLASSES[task]}.from_pretrained to succeed",
+                todo="report it with the model's name; the adapter folder is unharmed",
+            )
+        found = load_file(written)
+        return [found[str(number)] for number in range(len(batches))]
+
+
+def certify(
+    batches: Sequence[Batch],
+    *,
+    base: Sequence[Tensor],
+    tuned: Sequence[Tensor],
+    merged: Sequence[Tensor],
+    half_precision: bool,
+) -> dict[str, Any]:
+    """Compare logits of base, base + adapter, and the reloaded merge, at positions that the attention mask keeps."""
+    kept = [_kept(batch, logits) for batch, logits in zip(batches, tuned, strict=True)]
+    before, after, plain = (
+        torch.cat([logits[keep] for logits, keep in zip(group, kept, strict=True)])
+        for group in (tuned, merged, base)
+    )
+    difference, effect = (after - before).abs(), (before - plain).abs()
+    if half_precision:
+        measured, limit = float(difference.mean()), HALF_PRECISION_LIMIT * float(effect.mean())
+    else:
+        measured, limit = float(difference.max()), FULL_PRECISION_LIMIT * max(1.0, float(before.abs().max()))
+    return {
+        "passed": measured <= limit,
+        "limit": limit,
+        "limit_applies_to": "mean logit difference" if half_precision else "largest logit difference",
+        "inputs": sum(int(batch["input_ids"].shape[0]) for batch in batches),
+        "positions": int(before.shape[0]),
+        "largest_logit_difference": float(difference.max()),
+        "mean_logit_difference": float(difference.mean()),
+        "largest_adapter_effect": float(effect.max()),
+        "mean_adapter_effect": float(effect.mean()),
+        "same_top_prediction": float((after.argmax(-1) == before.argmax(-1)).float().mean()),
+    }
+
+
+def provenance(adapter: Path, base: str, merged: Path) -> dict[str, Any]:
+    """Names, hashes and versions."""
+    return {
+        "base": base,
+        "adapter_sha256": sha256(adapter / TENSORS),
+        "checkpoint_sha256": {file.name: sha256(file) for file in sorted(merged.glob("*.safetensors"))},
+        "versions": {name: version(name) for name in ("lightsft", "torch", "transformers", "safetensors")},
+        "compared": "base + adapter in memory with the merged checkpoint, reloaded from disk by transformers in a "
+        "process where lightsft cannot be imported",
+    }
+
+
+def _kept(batch: Batch, logits: Tensor) -> Tensor:
+    """Which (batch,) or (batch, length) positions count: all of a classifier's, the unpadded ones of a language model."""
+    if logits.dim() < 3 or "attention_mask" not in batch:
+        return torch.ones(logits.shape[:-1], dtype=torch.bool)
+    return batch["attention_mask"].bool()

@@ -1,0 +1,108 @@
+"""Merge a saved strategy into its base, write a plain transformers checkpoint, reload it elsewhere, certify it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightsft import artifact
+from lightsft.backbone import Backbone
+from lightsft.data.reading import Row
+from lightsft.errors import MergeError
+from lightsft.export.certificate import CERTIFICATE, Batch, certify, logits_of, plain_logits, provenance
+from lightsft.files import new_folder, require_free, write_json
+from lightsft.injection import Injection
+from lightsft.tasks.base import Task
+from lightsft.training.evaluate import batches, outcomes_of
+
+RANDOM_INPUTS, RANDOM_TOKENS = 32, 24
+MOST_LOGITS = 2**26  # numbers kept for the comparison, 256 MiB in fp32
+
+
+def merge(adapter_dir: str | Path, *, base: str | Path | None = None, out: str | Path) -> Path:
+    """Write the merged checkpoint to `out` with its certificate.json; returns `out`.
+
+    `base` defaults to where the strategy was trained from. The checkpoint keeps the base's own type: fp32 arithmetic
+    and one rounding. Raises MergeError if the strategy does not merge, or the reloaded checkpoint differs from base +
+    adapter; OutputError if `out` holds something. Nothing is left in `out` unless it passed.
+    """
+    merge_folder(Path(adapter_dir), Path(out), base=None if base is None else str(base))
+    return Path(out)
+
+
+def merge_folder(
+    adapter: Path, out: Path, *, base: str | None = None, task: Task | None = None, rows: Sequence[Row] = ()
+) -> dict[str, Any]:
+    """Merge, verify on `rows` of `task` (on random tokens without), write; returns the certificate."""
+    require_free(out)
+    backbone = artifact.load_base(adapter, base, dtype="checkpoint", device="cpu")
+    injection = artifact.load(adapter, backbone)
+    if not injection.mergeable:
+        raise _cannot_merge(injection, adapter)
+    name = backbone.task or "chat"
+    compared = _inputs(backbone, task, rows)
+    tuned = logits_of(backbone, compared)
+    with injection.disabled():
+        plain = logits_of(backbone, compared)
+    scores: dict[str, Any] = {}
+    if task is not None:
+        scores = {"metric": task.metric, "examples": len(rows)}
+        scores["score_before"] = task.metrics(outcomes_of(backbone, task, rows, 64))[task.metric]
+    model = injection.merge()
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        backbone.tokenizer.save_pretrained(folder)
+        merged = plain_logits(folder, name, compared)
+        half = backbone.stored_dtype != torch.float32
+        certificate = certify(compared, base=plain, tuned=tuned, merged=merged, half_precision=half)
+        if task is not None:
+            reloaded = Backbone.load(folder, task=name, dtype="checkpoint", device="cpu")
+            scores["score_after"] = task.metrics(outcomes_of(reloaded, task, rows, 64))[task.metric]
+        certificate |= scores | provenance(adapter, str(backbone.source), folder)
+        if not certificate["passed"]:
+            raise MergeError(
+                f"the merged checkpoint differs from base + adapter by {certificate['largest_logit_difference']:.3g}",
+                expected=f"{certificate['limit_applies_to']} of at most {certificate['limit']:.3g}",
+                todo="nothing was written; report it with the model's name",
+            )
+        write_json(folder / CERTIFICATE, certificate)
+    return certificate
+
+
+def _cannot_merge(injection: Injection, adapter: Path) -> MergeError:
+    return MergeError(
+        f"{adapter} holds {type(injection.strategy).__name__}, which computes something that no weight can express",
+        expected="a strategy that changes weights (full, lora)",
+        todo=f"ship the adapter folder itself: lightsft.load({str(adapter)!r}), or lightsft predict {adapter} TEXT",
+    )
+
+
+def _inputs(backbone: Backbone, task: Task | None, rows: Sequence[Row]) -> list[Batch]:
+    """Batches to compare on: as many rows as the logits fit in MOST_LOGITS, or random tokens."""
+    found: list[Batch] = []
+    if task is None or not rows:
+        found = _random_inputs(backbone)
+    else:
+        found = [_without_labels(batch) for batch in batches(task, rows, backbone.tokenizer, 16)]
+    width = 1 if backbone.head else int(backbone.model.config.get_text_config().vocab_size)
+    kept, numbers = [], 0
+    for batch in found:
+        numbers += batch["input_ids"].numel() * width
+        if kept and numbers > MOST_LOGITS:
+            break
+        kept.append(batch)
+    return kept
+
+
+def _without_labels(batch: Batch) -> Batch:
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def _random_inputs(backbone: Backbone) -> list[Batch]:
+    vocabulary = int(backbone.model.config.get_text_config().vocab_size)
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (RANDOM_INPUTS, RANDOM_TOKENS), generator=random)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]

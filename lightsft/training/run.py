@@ -1,0 +1,155 @@
+"""One training run from a configuration: load, split, inject, train, score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lightsft.backbone import Backbone
+from lightsft.config import TrainConfig
+from lightsft.data.reading import Row, read_rows
+from lightsft.data.splits import Splits, at_most, split_rows
+from lightsft.device import choose_device, choose_dtype
+from lightsft.errors import ConfigurationError
+from lightsft.injection import Injection, Strategy
+from lightsft.tasks import Task, task
+from lightsft.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task and its rows, checked."""
+
+    task: Task
+    splits: Splits
+    metric: str  # the score that picks checkpoints and winners
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read and check the data, find the labels, split. Nothing heavy: every error about data comes from here."""
+    rows = read_rows(config.data, encoding=config.encoding)
+    chosen = _task(config, rows)
+    chosen.check(rows, config.data)
+    splits = _splits(config, rows, chosen)
+    return Prepared(chosen, splits, _metric(config, chosen))
+
+
+def _metric(config: TrainConfig, chosen: Task) -> str:
+    metric = config.metric or chosen.metric
+    if metric not in chosen.metric_names:
+        raise ConfigurationError(
+            f"{chosen.name} has no metric {metric!r}", expected=f"one of {', '.join(chosen.metric_names)}"
+        )
+    return metric
+
+
+def _task(config: TrainConfig, rows: list[Row]) -> Task:
+    options: dict[str, Any] = {} if config.max_length is None else {"max_length": config.max_length}
+    if config.task == "classification":
+        from lightsft.tasks.classification import labels_of
+
+        labels = config.labels or labels_of(rows, config.label, config.data)
+        options |= {
+            "labels": labels,
+            "text": config.text,
+            "label": config.label,
+            "text_pair": config.text_pair,
+        }
+    elif config.chat_template is not None:
+        options["chat_template"] = Path(config.chat_template).read_text(encoding="utf-8")
+    return task(config.task, **options)
+
+
+def _splits(config: TrainConfig, rows: list[Row], chosen: Task) -> Splits:
+    """Files of their own for validation and test are taken as they are; what is not given is split off by hash."""
+    given = {"validation": config.validation_data, "test": config.test_data}
+    own = {name: read_rows(source, encoding=config.encoding) for name, source in given.items() if source}
+    for name, part in own.items():
+        chosen.check(part, str(given[name]))
+    shares = {
+        "validation": 0.0 if "validation" in own else config.validation_share,
+        "test": 0.0 if "test" in own else config.test_share,
+    }
+    parts = {"train": rows} if len(own) == 2 else split_rows(rows, chosen.key, **shares).named()
+    parts |= own
+    limits = {
+        "train": config.max_train_examples,
+        "validation": config.max_validation_examples,
+        "test": config.max_test_examples,
+    }
+    return Splits(**{name: at_most(part, limits[name], chosen.key) for name, part in parts.items()})
+
+
+def load_backbone(config: TrainConfig, prepared: Prepared, strategy: Strategy | None, seed: int) -> Backbone:
+    """The backbone in the configured precision; with fp32 weights where the strategy trains them in place."""
+    device = choose_device(config.device)
+    return Backbone.load(
+        config.model,
+        task=config.task,
+        labels=getattr(prepared.task, "labels", None),
+        dtype=choose_dtype(config.dtype, device),
+        weight_dtype=torch.float32 if getattr(strategy, "trains_weights", False) else None,
+        device=str(device),
+        seed=seed,
+    )
+
+
+def build_trainer(
+    config: TrainConfig,
+    prepared: Prepared,
+    injection: Injection,
+    *,
+    learning_rate: float | None,
+    seed: int,
+    directory: Path,
+    resumable: bool,
+    callbacks: list[Any] | None = None,
+    show_progress: bool = False,
+) -> Trainer:
+    """The trainer for one run; checkpoints of every epoch go to `directory`, the best one is kept at the end."""
+    args = transformers.TrainingArguments(
+        str(directory),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.evaluation_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=learning_rate
+        or config.learning_rate
+        or getattr(injection.strategy, "learning_rate", 5e-5),
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_gradient_norm,
+        optim=config.optimizer,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        save_only_model=not resumable,
+        load_best_model_at_end=True,
+        metric_for_best_model=prepared.metric,
+        greater_is_better=prepared.task.greater_is_better(prepared.metric),
+        logging_steps=10,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=injection.model.device.type == "cpu",
+        dataloader_pin_memory=injection.model.device.type == "cuda",
+        disable_tqdm=not show_progress,
+        report_to="none",
+    )
+    if config.gradient_checkpointing:
+        injection.model.gradient_checkpointing_enable()
+    extra = list(callbacks or [])
+    if config.early_stopping is not None:
+        extra.append(transformers.EarlyStoppingCallback(config.early_stopping))
+    return Trainer(
+        injection,
+        prepared.task,
+        train=prepared.splits.train,
+        validation=prepared.splits.validation,
+        args=args,
+        callbacks=extra,
+    )

@@ -1,0 +1,76 @@
+"""`lightsft train`: one strategy, one seed, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from lightsft import artifact, registry
+from lightsft.config import SingleConfig
+from lightsft.errors import OutputError
+from lightsft.files import write_json
+from lightsft.runs import identity_of, require_same_run
+from lightsft.tasks.base import Metrics
+from lightsft.training.run import build_trainer, load_backbone, prepare
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Scores of the best checkpoint."""
+
+    validation: Metrics
+    test: Metrics
+
+
+def train(config: SingleConfig, say: Callable[[str], None] = print) -> Trained:
+    """Train, keep the best checkpoint by validation score, save the adapter folder in `config.out`.
+
+    An interrupted run leaves its checkpoints; the same configuration then continues from the last one.
+    """
+    _require_unfinished(config)
+    strategy = registry.strategy(config.strategy.name, **config.strategy.options)
+    prepared = prepare(config)
+    backbone = load_backbone(config, prepared, strategy, config.seed)
+    injection = strategy.inject(backbone, seed=config.seed)
+    share = injection.trainable_parameters / injection.total_parameters
+    say(
+        f"{config.strategy.label}: {injection.trainable_parameters:,} of {injection.total_parameters:,} parameters "
+        f"trained ({share:.2%}), coverage {injection.coverage:.0%}, computing in {backbone.compute_dtype}"
+    )
+    say(", ".join(f"{name} {len(rows)}" for name, rows in prepared.splits.named().items()) + " rows")
+    for text, carries_loss in prepared.task.preview(prepared.splits.train[0], backbone.tokenizer):
+        say(f"{'loss   ' if carries_loss else 'no loss'} | {text!r}")
+    checkpoints = config.out / "checkpoints"
+    trainer = build_trainer(
+        config,
+        prepared,
+        injection,
+        learning_rate=config.strategy.learning_rate,
+        seed=config.seed,
+        directory=checkpoints,
+        resumable=True,
+        show_progress=True,
+    )
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if last is not None:
+        say(f"continuing from {last}")
+    write_json(config.out / "run.json", identity_of(config.model_dump(mode="json")))
+    trainer.train(resume_from_checkpoint=last)
+    validation, _ = trainer.score(prepared.splits.validation)
+    test, _ = trainer.score(prepared.splits.test)
+    artifact.save(injection, config.out, task=prepared.task.describe())
+    write_json(config.out / "scores.json", {"validation": validation, "test": test})
+    return Trained(validation, test)
+
+
+def _require_unfinished(config: SingleConfig) -> None:
+    """Raise OutputError unless `config.out` is free or holds an interrupted run of this configuration."""
+    require_same_run(config.out, identity_of(config.model_dump(mode="json")))
+    if artifact.is_adapter(config.out):
+        raise OutputError(
+            f"{config.out} holds a finished run of this command",
+            expected="a folder that does not exist yet",
+            todo="choose another --out to train again",
+        )

@@ -1,0 +1,181 @@
+"""Trainer: transformers.Trainer for an injection and a task, the same for every strategy.
+
+What it changes: only the injection is optimized, saved and loaded; the task gives the loss and the metrics; batches
+come in an order that no strategy influences; half precision is plain autocast around each step. Callbacks, loggers,
+schedulers, accelerate and resuming work as in transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lightsft import artifact
+from lightsft.data.batching import SimilarLengths
+from lightsft.data.reading import Row
+from lightsft.errors import ConfigurationError, DataError
+from lightsft.injection import Injection
+from lightsft.tasks.base import Metrics, Task
+
+
+class Encoded(Dataset[dict[str, Any]]):
+    """Token features as a data set."""
+
+    def __init__(self, features: Sequence[dict[str, Any]]) -> None:
+        self.features = list(features)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.features[index]
+
+    def lengths(self) -> list[int]:
+        """Tokens per example."""
+        return [len(feature["input_ids"]) for feature in self.features]
+
+
+class Trainer(transformers.Trainer):
+    """Trains `injection` on rows of `task`.
+
+        trainer = Trainer(injection, task, train=rows, validation=rows, args=TrainingArguments("out"))
+        trainer.train()
+
+    `train` and `validation` are rows as `lightsft.data.reading.read_rows` gives them, or a `datasets.Dataset`. The
+    learning rate of `args` holds unless `args` is None: then the strategy's own default does. Further keyword
+    arguments go to transformers.Trainer.
+    """
+
+    def __init__(
+        self,
+        injection: Injection,
+        task: Task,
+        *,
+        train: Sequence[Row] | None = None,
+        validation: Sequence[Row] | None = None,
+        args: transformers.TrainingArguments | None = None,
+        **options: Any,
+    ) -> None:
+        self.injection, self.task = injection, task
+        self.tokenizer = injection.backbone.tokenizer
+        if self.tokenizer is None:
+            raise ConfigurationError(
+                "the backbone has no tokenizer",
+                expected="Backbone.load(...), or Backbone(model, tokenizer=tokenizer)",
+            )
+        self.half_precision = _autocast_dtype(injection)
+        args = args or transformers.TrainingArguments(
+            "lightsft-output",
+            learning_rate=getattr(injection.strategy, "learning_rate", 5e-5),
+            use_cpu=injection.model.device.type == "cpu",
+            report_to="none",
+        )
+        args.remove_unused_columns = False
+        super().__init__(
+            model=injection.model,
+            args=args,
+            train_dataset=self._encoded(train),
+            eval_dataset=self._encoded(validation),
+            data_collator=lambda features: task.collate(features, self.tokenizer),
+            compute_loss_func=task.loss,
+            compute_metrics=lambda prediction: task.metrics(prediction.predictions),
+            **options,
+        )
+
+    def _encoded(self, rows: Sequence[Row] | None) -> Encoded | None:
+        if rows is None:
+            return None
+        rows = list(rows)
+        if not rows:
+            raise DataError("there are no rows to train or validate on", expected="at least one row")
+        return Encoded(self.task.encode(rows, self.tokenizer))
+
+    # ---- batches and precision
+
+    def _get_train_sampler(self, train_dataset: Encoded | None = None) -> SimilarLengths | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if not isinstance(dataset, Encoded):
+            return None
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return SimilarLengths(dataset.lengths(), self.args.train_batch_size, seed)
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Autocast to the backbone's compute type where fp32 masters are trained, in training and evaluation."""
+        stack: contextlib.ExitStack = super().compute_loss_context_manager()
+        if self.half_precision is not None:
+            stack.enter_context(torch.autocast(self.args.device.type, self.half_precision))
+        return stack
+
+    # ---- optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of `args`, with the strategy's learning-rate ratios as groups of their own (LoRA+)."""
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if fresh:
+            self._split_by_ratio(optimizer)
+        return optimizer
+
+    def _split_by_ratio(self, optimizer: torch.optim.Optimizer) -> None:
+        named = self.injection.named_parameters()
+        ratios = {id(p): self.injection.learning_rate_ratio(name) for name, p in named.items()}
+        for group in list(optimizer.param_groups):
+            for ratio in sorted({ratios.get(id(p), 1.0) for p in group["params"]} - {1.0}):
+                faster = [p for p in group["params"] if ratios.get(id(p)) == ratio]
+                group["params"] = [p for p in group["params"] if ratios.get(id(p)) != ratio]
+                optimizer.add_param_group({**group, "params": faster, "lr": group["lr"] * ratio})
+
+    # ---- evaluation
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, and the task's outcomes in place of logits: a few numbers per example."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        loss = self.task.loss(outputs, labels).detach()
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, self.task.outcomes(outputs.logits, labels), labels.reshape(labels.shape[0], -1)[:, :1]
+
+    def score(self, rows: Sequence[Row]) -> tuple[Metrics, np.ndarray[Any, Any]]:
+        """(metrics, outcomes) of the present weights on `rows`; outcomes are in the order of the rows."""
+        encoded = Encoded(self.task.encode(rows, self.tokenizer))
+        outcomes = super().predict(encoded, metric_key_prefix="test").predictions
+        return self.task.metrics(outcomes), outcomes
+
+    # ---- saving and loading: the injection, not the model
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        artifact.save(self.injection, directory, task=self.task.describe())
+        torch.save(self.args, directory / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.injection.load_tensors(
+            artifact.read_tensors(Path(resume_from_checkpoint)), resume_from_checkpoint
+        )
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _autocast_dtype(injection: Injection) -> torch.dtype | None:
+    """The compute type, where weights are wider than it; None where the model computes in its weights' type."""
+    compute = injection.backbone.compute_dtype
+    wider = injection.trains_backbone_weights or injection.backbone.stored_dtype != compute
+    return compute if wider and compute != torch.float32 else None
