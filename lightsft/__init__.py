@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightsft.artifact import load
     from lightsft.backbone import Backbone
     from lightsft.comparison.compare import compare
-    from lightsft.comparison.config import RunConfig
+    from lightsft.config import RunConfig
     from lightsft.errors import LightsftError
     from lightsft.export.merge import merge
     from lightsft.injection import Injection, Strategy, injecting
@@ -47,7 +47,7 @@ _HOME = {
     "Backbone": "lightsft.backbone",
     "Injection": "lightsft.injection",
     "LightsftError": "lightsft.errors",
-    "RunConfig": "lightsft.comparison.config",
+    "RunConfig": "lightsft.config",
     "Strategy": "lightsft.injection",
     "Trainer": "lightsft.training.trainer",
     "compare": "lightsft.comparison.compare",

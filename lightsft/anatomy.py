@@ -83,11 +83,7 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, ...]]:
     def visit(prefix: str, module: nn.Module) -> Iterator[tuple[str, ...]]:
         for name, child in module.named_children():
             path = f"{prefix}.{name}" if prefix else name
-            if (
-                isinstance(child, nn.ModuleList)
-                and len(child)
-                and all(_holds_layers(block) for block in child)
-            ):
+            if isinstance(child, nn.ModuleList) and len(child) and all(_holds_layers(block) for block in child):
                 yield tuple(f"{path}.{index}" for index in range(len(child)))
             else:
                 yield from visit(path, child)

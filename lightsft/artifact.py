@@ -53,9 +53,7 @@ class ReadsPeft(Protocol):
 
 def save(injection: Injection, directory: Path, *, task: Mapping[str, Any] | None = None) -> Path:
     """Write the adapter folder; `task` is what `Task.describe()` says, kept for prediction."""
-    tensors = {
-        KEY_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in injection.tensors().items()
-    }
+    tensors = {KEY_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in injection.tensors().items()}
     write_file(directory / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_json(directory / SETTINGS, _settings(injection, task))
     if isinstance(injection.strategy, WritesCompanions):
@@ -146,9 +144,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             todo="copy or train it again",
         ) from error
     broken = [
-        name
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
     ]
     if broken:
         raise ArtifactError(
@@ -161,7 +157,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def _settings(injection: Injection, task: Mapping[str, Any] | None) -> dict[str, Any]:
     backbone = injection.backbone
-    options = dataclasses.asdict(injection.strategy)  # type: ignore[call-overload]
+    options = dataclasses.asdict(injection.strategy)
     return {
         "format": FORMAT,
         "strategy": registry.name_of(injection.strategy),
@@ -188,9 +184,7 @@ def _check_base(directory: Path, settings: Mapping[str, Any], backbone: Backbone
     base = settings["base"]
     different = backbone.differences(base["sketch"])
     if different:
-        shown = "\n  ".join(different[:6]) + (
-            f"\n  and {len(different) - 6} more" if len(different) > 6 else ""
-        )
+        shown = "\n  ".join(different[:6]) + (f"\n  and {len(different) - 6} more" if len(different) > 6 else "")
         raise ArtifactError(
             f"{directory} was trained on another backbone than this {type(backbone.model).__name__}:\n  {shown}",
             expected=f"the {base['class']} from {base['source']}",
@@ -198,9 +192,7 @@ def _check_base(directory: Path, settings: Mapping[str, Any], backbone: Backbone
         )
 
 
-def _without_base_copies(
-    directory: Path, tensors: Mapping[str, Tensor], backbone: Backbone
-) -> dict[str, Tensor]:
+def _without_base_copies(directory: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
     """PEFT saves a targeted embedding's own weight along, as `base_layer`: it must be the backbone's."""
     copies = {name: name.replace(".base_layer.", ".") for name in tensors if ".base_layer." in name}
     own = backbone.model.state_dict()
@@ -221,8 +213,8 @@ def _strategy_from_peft(directory: Path, tensors: Mapping[str, Tensor]) -> Strat
             f"{directory} holds neither {SETTINGS} nor {PEFT_SETTINGS}",
             expected="an adapter folder written by lightsft or PEFT",
         )
-    readers = [kind for kind in registry.strategies().values() if isinstance(kind, ReadsPeft)]
-    for reader in readers:
+    kinds: list[Any] = list(registry.strategies().values())
+    for reader in (kind for kind in kinds if isinstance(kind, ReadsPeft)):
         strategy = reader.from_peft(config, tensors)
         if strategy is not None:
             return strategy
@@ -240,9 +232,7 @@ def _read_json(directory: Path, name: str) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(
-            f"{path} is damaged: {error}", expected="JSON", todo="copy or train it again"
-        ) from error
+        raise ArtifactError(f"{path} is damaged: {error}", expected="JSON", todo="copy or train it again") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds a {type(content).__name__}", expected="a JSON object")
     return content

@@ -46,7 +46,7 @@ class Backbone:
                 todo="unwrap it first, for example `model.get_base_model()` for a PEFT model",
             )
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.task = task
         self.source = source or str(getattr(model, "name_or_path", "") or "") or None
         self.fresh = frozenset(fresh)
@@ -114,7 +114,8 @@ class Backbone:
 
     def module(self, name: str) -> nn.Module:
         """The module with this dotted name."""
-        return self.model.get_submodule(name)
+        module: nn.Module = self.model.get_submodule(name)
+        return module
 
     def sketch(self) -> dict[str, list[float]]:
         """A few values of a few weights, to tell one backbone from another whatever type it is loaded in.
@@ -149,9 +150,7 @@ class Backbone:
 
 def same_values(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal to 16-bit precision: either may have been loaded in half precision."""
-    return one.shape == other.shape and torch.allclose(
-        one.float().cpu(), other.float().cpu(), rtol=2**-6, atol=1e-4
-    )
+    return one.shape == other.shape and torch.allclose(one.float().cpu(), other.float().cpu(), rtol=2**-6, atol=1e-4)
 
 
 def _some_values(parameter: nn.Parameter) -> list[float]:

@@ -68,9 +68,9 @@ def _option(text: str, whole: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigurationError(f"cannot read {text!r} in {whole!r}", expected="options as key=value")
-    return key.strip(), _number(yaml.safe_load(value)) if re.match(
-        r"^[\d.+-]", value.strip()
-    ) else yaml.safe_load(value)
+    return key.strip(), _number(yaml.safe_load(value)) if re.match(r"^[\d.+-]", value.strip()) else yaml.safe_load(
+        value
+    )
 
 
 def split_list(text: str) -> list[str]:
@@ -166,9 +166,7 @@ class TrainConfig(BaseModel):
 class SingleConfig(TrainConfig):
     """What `lightsft train` takes: one strategy, one seed."""
 
-    strategy: Annotated[StrategySpec, BeforeValidator(StrategySpec.parse)] = StrategySpec(
-        name="lora", label="lora"
-    )
+    strategy: Annotated[StrategySpec, BeforeValidator(StrategySpec.parse)] = StrategySpec(name="lora", label="lora")
     """Strategy, with options if you like: lora, or "lora(rank=16, alpha=32)"."""
     seed: int = 0
     """Decides new weights, the order of the rows and dropout."""
@@ -221,9 +219,7 @@ def _problem(item: Any, kind: type[BaseModel]) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     if not path.is_file():
-        raise ConfigurationError(
-            f"no configuration file {path}", expected="a YAML file", todo="check the path"
-        )
+        raise ConfigurationError(f"no configuration file {path}", expected="a YAML file", todo="check the path")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -59,7 +59,7 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 @cache
 def _bfloat16_is_fast(kind: str) -> bool:
     if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if kind == "xpu":
         return True
     if kind == "cpu":

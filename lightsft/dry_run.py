@@ -81,7 +81,7 @@ def predictions(outputs: Any) -> list[Tensor]:
     if isinstance(outputs, ModelOutput) and isinstance(outputs.get("logits"), Tensor):
         return [outputs["logits"]]
     values = outputs.values() if isinstance(outputs, dict) else outputs
-    return [tensor for tensor in _floating(values)]
+    return list(_floating(values))
 
 
 def _floating(values: Any) -> Iterator[Tensor]:

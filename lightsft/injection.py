@@ -114,11 +114,10 @@ class Injection:
         inside = {
             name: parameter.numel()
             for name, parameter in self.model.named_parameters()
-            if parameter.ndim >= 2
-            and id(parameter) not in added
-            and self.backbone.anatomy.block_of(name) is not None
+            if parameter.ndim >= 2 and id(parameter) not in added and self.backbone.anatomy.block_of(name) is not None
         }
-        return sum(size for name, size in inside.items() if name in covered) / max(1, sum(inside.values()))
+        share: float = sum(size for name, size in inside.items() if name in covered) / max(1, sum(inside.values()))
+        return share
 
     def _added(self) -> Iterator[nn.Parameter]:
         for primitive in self.primitives:
@@ -194,16 +193,12 @@ class Injection:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, by name, sorted."""
-        named = {
-            name: tensor for primitive in self.primitives for name, tensor in primitive.tensors().items()
-        }
+        named = {name: tensor for primitive in self.primitives for name, tensor in primitive.tensors().items()}
         return dict(sorted(named.items()))
 
     def load_tensors(self, tensors: dict[str, Tensor], origin: str = "the given tensors") -> None:
         """Take back what `tensors()` gave. Strict: everything missing, extra or misshapen is reported at once."""
-        wanted = {
-            name: shapes for primitive in self.primitives for name, shapes in primitive.shapes().items()
-        }
+        wanted = {name: shapes for primitive in self.primitives for name, shapes in primitive.shapes().items()}
         wrong = [f"missing {name}" for name in sorted(set(wanted) - set(tensors))]
         wrong += [f"unexpected {name}" for name in sorted(set(tensors) - set(wanted))]
         wrong += [

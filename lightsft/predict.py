@@ -48,9 +48,7 @@ class Predictor:
 
     def _probabilities(self, texts: list[str]) -> list[dict[str, float]]:
         model, tokenizer = self.backbone.model, self.backbone.tokenizer
-        inputs = tokenizer(
-            texts, truncation=True, max_length=self._length(), padding=True, return_tensors="pt"
-        )
+        inputs = tokenizer(texts, truncation=True, max_length=self._length(), padding=True, return_tensors="pt")
         with torch.no_grad(), evaluating(model):
             shares = model(**inputs.to(model.device)).logits.float().softmax(-1).cpu()
         labels = model.config.id2label
@@ -59,9 +57,7 @@ class Predictor:
     def answer(self, prompts: Sequence[str], max_new_tokens: int = 64) -> list[dict[str, Any]]:
         """{"prompt", "answer"} for each prompt, by greedy decoding."""
         chat = Chat(chat_template=self.settings.get("chat_template"))
-        return [
-            {"prompt": prompt, "answer": self._answer(chat, prompt, max_new_tokens)} for prompt in prompts
-        ]
+        return [{"prompt": prompt, "answer": self._answer(chat, prompt, max_new_tokens)} for prompt in prompts]
 
     def _answer(self, chat: Chat, prompt: str, max_new_tokens: int) -> str:
         model, tokenizer = self.backbone.model, self.backbone.tokenizer
@@ -75,9 +71,7 @@ class Predictor:
         return answer.strip()
 
     def _length(self) -> int:
-        return int(
-            self.settings.get("max_length") or min(self.backbone.tokenizer.model_max_length, DEFAULT_LENGTH)
-        )
+        return int(self.settings.get("max_length") or min(self.backbone.tokenizer.model_max_length, DEFAULT_LENGTH))
 
 
 def _task_of(directory: Path) -> str:

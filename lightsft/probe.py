@@ -104,9 +104,7 @@ def _may_be_routed_to(injection: Injection, name: str, called: set[str]) -> bool
     for end in range(len(parts) - 1, 0, -1):
         parent, own = ".".join(parts[:end]), parts[end]
         if isinstance(injection.backbone.module(parent), nn.ModuleList):
-            ran = {
-                other.removeprefix(parent + ".").split(".")[0] for other in called if is_within(other, parent)
-            }
+            ran = {other.removeprefix(parent + ".").split(".")[0] for other in called if is_within(other, parent)}
             return bool(ran) and own not in ran
     return False
 
@@ -141,7 +139,7 @@ def _calls(injection: Injection) -> Iterator[set[str]]:
         return hook
 
     handles = [
-        module.register_forward_pre_hook(note(name))  # type: ignore[arg-type]
+        module.register_forward_pre_hook(note(name))
         for name, module in injection.model.named_modules()
         if "lightsft" not in name
     ]

@@ -58,7 +58,7 @@ def strategy_class(name: str) -> type[Strategy]:
 def strategy(name: str, **options: Any) -> Strategy:
     """`strategy("lora", rank=16)` is `LoRA(rank=16)`; an unknown option lists the known ones."""
     kind = strategy_class(name)
-    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(kind)]
     unknown = sorted(set(options) - set(known))
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)

@@ -73,9 +73,7 @@ def watched(model: nn.Module, names: list[str]) -> Iterator[dict[str, tuple[int,
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in names
-    ]
+    handles = [model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in names]
     try:
         yield shapes
     finally:

@@ -120,9 +120,7 @@ def _nothing_matches(
     parts = [name.rpartition(".")[2] for name in available]
     endings = list(dict.fromkeys(part for part in parts if not part.isdigit()))
     near = difflib.get_close_matches(target, [*endings, *keywords], n=1)
-    hint = (
-        "Use targets='linear' to take every linear layer." if keywords else "print the model to see its names"
-    )
+    hint = "Use targets='linear' to take every linear layer." if keywords else "print the model to see its names"
     return TargetError(
         f"nothing in {type(backbone.model).__name__} is named {target!r}",
         expected=f"one of {', '.join([*keywords, *endings[:16]])}; the end of a full name; or a regular expression",

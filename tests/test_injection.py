@@ -54,13 +54,9 @@ def shape_of(model):
             len(module._forward_hooks_with_kwargs) + len(module._forward_pre_hooks_with_kwargs),
             getattr(getattr(module, "config", None), "_attn_implementation", None),
             module.training,
-            tuple(
-                parameter.requires_grad for parameter in module._parameters.values() if parameter is not None
-            ),
+            tuple(parameter.requires_grad for parameter in module._parameters.values() if parameter is not None),
             tuple(parameter.dtype for parameter in module._parameters.values() if parameter is not None),
-            tuple(
-                parameter.grad is None for parameter in module._parameters.values() if parameter is not None
-            ),
+            tuple(parameter.grad is None for parameter in module._parameters.values() if parameter is not None),
         )
         for path, module in model.named_modules()
     }
@@ -104,9 +100,7 @@ def test_only_its_own_parameters_require_a_gradient(strategy, model):
     injection = strategy.inject(Backbone(model))
     wanting = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert wanting == {id(parameter) for parameter in injection.parameters()}
-    assert (
-        injection.trainable_parameters == sum(parameter.numel() for parameter in injection.parameters()) > 0
-    )
+    assert injection.trainable_parameters == sum(parameter.numel() for parameter in injection.parameters()) > 0
 
 
 @each_strategy
@@ -259,9 +253,7 @@ def test_the_same_seed_saves_the_same_bytes(strategy, tmp_path):
 
     first, again, other = files(0, "first"), files(0, "again"), files(1, "other")
     assert first == again
-    if (
-        not isinstance(strategy, Full) and getattr(strategy, "initialisation", "") != "pissa"
-    ):  # these draw nothing
+    if not isinstance(strategy, Full) and getattr(strategy, "initialisation", "") != "pissa":  # these draw nothing
         assert first["adapter_model.safetensors"] != other["adapter_model.safetensors"]
 
 

@@ -77,9 +77,7 @@ def tiny(name, *, seed=0, dtype=torch.float32, **options):
     config, kind = _FAMILIES[name]
     torch.manual_seed(seed)
     model = kind(config(**options))
-    for (
-        module
-    ) in model.modules():  # where every norm's weight is 1 and every bias 0, mistakes in them would hide
+    for module in model.modules():  # where every norm's weight is 1 and every bias 0, mistakes in them would hide
         if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None:
             torch.nn.init.normal_(module.weight, 1.0, 0.1)
         if getattr(module, "bias", None) is not None:

@@ -58,10 +58,7 @@ class Full:
         """With save="checkpoint", the whole model beside the trained tensors, in the backbone's own type."""
         if self.save == "checkpoint":
             stored = injection.backbone.stored_dtype
-            state = {
-                n: t.to(stored) if t.is_floating_point() else t
-                for n, t in injection.model.state_dict().items()
-            }
+            state = {n: t.to(stored) if t.is_floating_point() else t for n, t in injection.model.state_dict().items()}
             injection.model.save_pretrained(directory, state_dict=state)
             injection.model.config.dtype = stored  # save_pretrained took it from the fp32 masters
             injection.model.config.save_pretrained(directory)

@@ -200,9 +200,7 @@ class ResidualLoRASide(LoRASide):
         dropout: float = 0.0,
         lora_plus_ratio: float = 1.0,
     ) -> None:
-        super().__init__(
-            served, rank, scaling, "default", random, dropout=dropout, lora_plus_ratio=lora_plus_ratio
-        )
+        super().__init__(served, rank, scaling, "default", random, dropout=dropout, lora_plus_ratio=lora_plus_ratio)
         decompose = _principal if initialisation == "pissa" else _orthogonal
         b, a = decompose(matrix(served).float().cpu(), rank, scaling)
         if a.shape != self.lora_A.weight.shape:
@@ -264,7 +262,8 @@ class DoRASide(LoRASide):
     def _scale(self, served: nn.Module) -> Tensor:
         """M / ||W + s B A|| per output row, (out); the norm is a constant in the gradient (section 4.3)."""
         directions = matrix(served).float() + self.matrix_delta().detach()
-        return self.lora_magnitude_vector / torch.linalg.norm(directions, dim=1)
+        scale: Tensor = self.lora_magnitude_vector / torch.linalg.norm(directions, dim=1)
+        return scale
 
     def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         """(y - bias + s B A x) m / ||V|| + bias."""
@@ -290,9 +289,7 @@ class LoRAEmbeddingSide(Side):
         super().__init__()
         self.scaling = scaling
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, served.num_embeddings))
-        self.lora_embedding_B = nn.Parameter(
-            torch.empty(served.embedding_dim, rank).normal_(generator=random)
-        )
+        self.lora_embedding_B = nn.Parameter(torch.empty(served.embedding_dim, rank).normal_(generator=random))
 
     def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         """The ids are `inputs`, (batch, length)."""

@@ -40,9 +40,7 @@ def write_peft_config(lora: LoRA, injection: Injection, directory: Path) -> None
     whole, parts = _whole_modules(injection)
     if parts or _any_tied(injection, whole):
         (directory / PEFT_SETTINGS).unlink(missing_ok=True)
-        reason = (
-            f"{parts[0]} is trained without the rest of its module" if parts else "a trained weight is tied"
-        )
+        reason = f"{parts[0]} is trained without the rest of its module" if parts else "a trained weight is tied"
         logger.warning("PEFT cannot open %s (lightsft can): %s", directory, reason)
         return
     names = [primitive.name for primitive in injection.primitives if isinstance(primitive, PlacedSide)]
@@ -93,7 +91,7 @@ def read_peft_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
             expected="a LoRA without these options",
             todo="merge it with PEFT (merge_and_unload) and use the merged model",
         )
-    targets = {name: tensor for name, tensor in _updates(tensors)}
+    targets = dict(_updates(tensors))
     whole = sorted(name for name in tensors if ".lora_" not in name)
     return {
         "rank": config["r"],
@@ -124,7 +122,7 @@ def _exact(patterns: Mapping[str, float], names: Mapping[str, int]) -> dict[str,
     return {
         name: float(value)
         for name in names
-        for pattern, value in reversed(patterns.items())
+        for pattern, value in reversed(list(patterns.items()))
         if re.match(rf"(.*\.)?({pattern})$", name)
     }
 

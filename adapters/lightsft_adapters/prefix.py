@@ -89,9 +89,7 @@ class Prefix:
 
     def _prefix(self, call: AttentionCall, random: torch.Generator) -> AttentionPrefix:
         if self.reparameterisation:
-            return ReparameterisedPrefix(
-                call, self.num_virtual_tokens, self.hidden_size, self.dropout, random
-            )
+            return ReparameterisedPrefix(call, self.num_virtual_tokens, self.hidden_size, self.dropout, random)
         return PlainPrefix(call, self.num_virtual_tokens, self.initialisation, self.dropout, random)
 
 
@@ -114,9 +112,7 @@ class PlainPrefix(AttentionPrefix):
 class ReparameterisedPrefix(AttentionPrefix):
     """[P_k, P_v] = W2 tanh(W1 E + b1) + b2."""
 
-    def __init__(
-        self, call: AttentionCall, tokens: int, hidden: int, dropout: float, random: torch.Generator
-    ) -> None:
+    def __init__(self, call: AttentionCall, tokens: int, hidden: int, dropout: float, random: torch.Generator) -> None:
         super().__init__()
         heads, _, key_size = call.keys.shape
         self.heads, self.sizes = heads, (heads * key_size, heads * call.values.shape[-1])

@@ -33,9 +33,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(
-        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
-    ),
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Applies to every command."""
 
@@ -58,6 +56,4 @@ def show_error(error: LightsftError) -> None:
         if part:
             text.append(f"\n\n{title}: ", style="bold")
             text.append(part)
-    Console(stderr=True).print(
-        Panel(text, title=type(error).__name__, title_align="left", border_style="red")
-    )
+    Console(stderr=True).print(Panel(text, title=type(error).__name__, title_align="left", border_style="red"))

@@ -34,9 +34,7 @@ def takes_fields_of(kind: type[Config]) -> Callable[[Callable[[Config], None]], 
 
 def _general() -> list[inspect.Parameter]:
     file = typer.Argument(help="YAML file with the same keys as the options.", show_default=False)
-    settings = typer.Option(
-        "--set", help="key=value, for anything in the file (repeatable).", show_default=False
-    )
+    settings = typer.Option("--set", help="key=value, for anything in the file (repeatable).", show_default=False)
     return [
         _parameter("config_file", Annotated[Path | None, file], None),
         _parameter("settings", Annotated[list[str] | None, settings], None),
@@ -50,9 +48,7 @@ def _fields(kind: type[TrainConfig]) -> list[inspect.Parameter]:
         default = "" if required or field.default is None else f" [default: {_shown(field.default)}]"
         flag = f"--{name.replace('_', '-')}"
         if field.annotation is bool:
-            option = typer.Option(
-                f"{flag}/--no-{name.replace('_', '-')}", help=f"{field.description}{default}"
-            )
+            option = typer.Option(f"{flag}/--no-{name.replace('_', '-')}", help=f"{field.description}{default}")
             parameters.append(_parameter(name, Annotated[bool | None, option], None))
         else:
             text = f"{field.description}{' (required)' if required else default}"

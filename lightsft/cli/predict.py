@@ -12,21 +12,13 @@ NAME = "predict"
 
 
 def command(
-    directory: Annotated[
-        Path, typer.Argument(help="Adapter folder or merged checkpoint.", show_default=False)
-    ],
+    directory: Annotated[Path, typer.Argument(help="Adapter folder or merged checkpoint.", show_default=False)],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to predict.", show_default=False)] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="Rows to predict instead of texts.", show_default=False)
-    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Rows to predict instead of texts.", show_default=False)] = None,
     text: Annotated[str, typer.Option(help="Column of the file with the text.")] = "text",
     encoding: Annotated[str, typer.Option(help="Encoding of the file.")] = "utf-8",
-    out: Annotated[
-        Path | None, typer.Option(help="Write JSON lines here instead.", show_default=False)
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Base model of an adapter folder.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON lines here instead.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option(help="Base model of an adapter folder.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer of a chat model.", min=1)] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
@@ -38,9 +30,7 @@ def command(
     if out is not None:
         require_free(out)
     predictor = Predictor(directory, base=base)
-    rows = (
-        predictor.answer(inputs, max_new_tokens) if predictor.task == "chat" else predictor.classify(inputs)
-    )
+    rows = predictor.answer(inputs, max_new_tokens) if predictor.task == "chat" else predictor.classify(inputs)
     if out is not None:
         _write(out, rows)
     for row in rows if out is None else ():

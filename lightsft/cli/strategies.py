@@ -18,7 +18,7 @@ def command() -> None:
         module = inspect.getmodule(kind)
         summary = (inspect.getdoc(module) or inspect.getdoc(kind) or "").splitlines()[0]
         typer.echo(f"{name:<10} {summary}")
-        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        for field in dataclasses.fields(kind):
             typer.echo(f"           {field.name} = {_default(field)!r}")
 
 

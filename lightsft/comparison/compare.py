@@ -54,9 +54,7 @@ def compare(
         run = _Run(config, settings, results, worker, shown, command or _command(config))
         try:
             run.start()
-            write_json(
-                out / "run.json", identity
-            )  # only now is the folder taken: a refused run leaves nothing
+            write_json(out / "run.json", identity)  # only now is the folder taken: a refused run leaves nothing
             run.trials()
             run.finish()
         except KeyboardInterrupt:
@@ -102,7 +100,7 @@ class _Run:
             directory = self.config.out / "trials" / name
             shutil.rmtree(directory, ignore_errors=True)
             self.display.begin(f"{spec.label} seed {seed}")
-            record = {
+            record: dict[str, Any] = {
                 "strategy": spec.label,
                 "seed": seed,
                 "adapter": f"trials/{name}/adapter",
@@ -111,9 +109,7 @@ class _Run:
             arguments = {"spec": spec.model_dump(mode="json"), "seed": seed, "directory": str(directory)}
             try:
                 record |= {"status": "finished", **self._job("trial", arguments, f"trials/{name}")}
-                self.display.end(
-                    f"{self._metric} {record['test'][self._metric]:.4f} in {record['seconds']:.0f} s"
-                )
+                self.display.end(f"{self._metric} {record['test'][self._metric]:.4f} in {record['seconds']:.0f} s")
             except (LightsftError, JobDied, JobFailed) as error:
                 record |= {"status": "failed", "error": str(error), "adapter": None}
                 self.display.end(f"failed: {str(error).splitlines()[0]}")
@@ -151,9 +147,7 @@ class _Run:
         if merged["strategy"] == best["strategy"]:
             return winner | {"note": "the winner, merged"}, certificate
         note = f"{best['strategy']} cannot be merged into plain weights: ship its adapter folder. "
-        return winner | {
-            "note": note + f"merged/ holds {merged['strategy']}, the best one that merges."
-        }, certificate
+        return winner | {"note": note + f"merged/ holds {merged['strategy']}, the best one that merges."}, certificate
 
     def _merge(self, trial: Mapping[str, Any]) -> dict[str, Any]:
         out = self.config.out / "merged"
@@ -195,9 +189,7 @@ class _Run:
         self._write()
 
     def _best_trial(self, strategy: str) -> dict[str, Any]:
-        trials = [
-            t for t in self.results["trials"] if t["strategy"] == strategy and t["status"] == "finished"
-        ]
+        trials = [t for t in self.results["trials"] if t["strategy"] == strategy and t["status"] == "finished"]
         sign = -1 if self.results["greater_is_better"] else 1
         return min(trials, key=lambda trial: (sign * trial["validation"][self._metric], trial["seed"]))
 

@@ -162,9 +162,7 @@ def summarise(arguments: Mapping[str, Any], send: Send) -> list[dict[str, Any]]:
         trials = [t for t in results["trials"] if t["strategy"] == spec.label and t["status"] == "finished"]
         if not trials:
             continue
-        outcomes = [
-            np.load(Path(arguments["directory"]) / t["adapter"] / ".." / "outcomes.npy") for t in trials
-        ]
+        outcomes = [np.load(Path(arguments["directory"]) / t["adapter"] / ".." / "outcomes.npy") for t in trials]
         scores = [t["test"][metric] for t in trials]
         rows.append(
             {

@@ -23,7 +23,7 @@ class PeakMemory:
             getattr(torch, device.type).reset_peak_memory_stats(device)
         else:
             _reset_high_water_mark()
-        self.start = psutil.Process().memory_info().rss
+        self.start = int(psutil.Process().memory_info().rss)
 
     def peak_bytes(self) -> int:
         """Bytes at the highest point so far."""

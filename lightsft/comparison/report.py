@@ -116,10 +116,7 @@ def _interval_meaning(results: Results) -> str:
         " they say how far a score would move with other examples of the same kind."
     )
     if seeds == 1:
-        return (
-            text
-            + " Every strategy ran with one seed, so nothing here says how far another seed would move it."
-        )
+        return text + " Every strategy ran with one seed, so nothing here says how far another seed would move it."
     little = f" With {seeds} seeds they say little about other seeds"
     return text + little + "; the spread is the highest seed's score minus the lowest's."
 
@@ -156,9 +153,7 @@ def _winning_row(results: Results) -> Results | None:
 def _without_result(results: Results) -> list[str]:
     """The strategies that have trials but no line in the summary, in the order they ran."""
     known = {row["strategy"] for row in results["summary"]}
-    return list(
-        dict.fromkeys(trial["strategy"] for trial in results["trials"] if trial["strategy"] not in known)
-    )
+    return list(dict.fromkeys(trial["strategy"] for trial in results["trials"] if trial["strategy"] not in known))
 
 
 def _metric_names(results: Results) -> list[str]:
@@ -345,9 +340,7 @@ def _bar(results: Results, row: Results) -> dict[str, float] | None:
 
 
 def _score_values(results: Results) -> list[float]:
-    values = [
-        value for row in results["summary"] for value in (row.get("score"), *(row.get("interval") or ()))
-    ]
+    values = [value for row in results["summary"] for value in (row.get("score"), *(row.get("interval") or ()))]
     return [value for value in values if _is_number(value)]
 
 
@@ -499,9 +492,7 @@ def _vertical_domain(results: Results) -> tuple[float, float]:
     return _span([*_score_values(results), *_baseline_values(results)])
 
 
-def _specification(
-    results: Results, points: list[dict[str, Any]], axis: Axis, cost_title: str
-) -> dict[str, Any]:
+def _specification(results: Results, points: list[dict[str, Any]], axis: Axis, cost_title: str) -> dict[str, Any]:
     """The Vega-Lite plot: baseline lines, interval bars, points, labels. Colours are the page's variables."""
     score_title = f"test {_words(results['metric'])} ({_direction(results)})"
     x = {
@@ -616,9 +607,7 @@ def _place_labels(results: Results, points: list[dict[str, Any]], axis: Axis) ->
 def _marks(results: Results, points: list[dict[str, Any]], axis: Axis) -> list[Box]:
     """Of every point the pixels (x, y, top of its interval, bottom of its interval)."""
     to_x, to_y = Scale(axis.low, axis.high, 0, PLOT_WIDTH), Scale(*_vertical_domain(results), PLOT_HEIGHT, 0)
-    return [
-        (to_x(point["x"]), to_y(point["score"]), to_y(point["high"]), to_y(point["low"])) for point in points
-    ]
+    return [(to_x(point["x"]), to_y(point["score"]), to_y(point["high"]), to_y(point["low"])) for point in points]
 
 
 def _candidates(mark: Box) -> list[Place]:
@@ -664,9 +653,7 @@ def _svg(specification: dict[str, Any], title: str) -> Any:
 
     svg = vl_convert.vegalite_to_svg(specification)
     size = re.search(r'viewBox="[^"]*"', svg)
-    opening = Markup('<svg {} role="img" aria-label="{}">').format(
-        Markup(size.group()) if size else "", title
-    )
+    opening = Markup('<svg {} role="img" aria-label="{}">').format(Markup(size.group()) if size else "", title)
     return opening + Markup(svg[svg.index(">") + 1 :])
 
 
@@ -718,9 +705,7 @@ def _markdown_summary(results: Results) -> str:
     ]
     rows = [[number, *_summary_cells(row)] for number, row in enumerate(results["summary"], start=1)]
     for name, scores in _baselines(results):
-        test, validation = (
-            _score(_baseline_score(results, scores, split)) for split in ("test", "validation")
-        )
+        test, validation = (_score(_baseline_score(results, scores, split)) for split in ("test", "validation"))
         rows.append([DASH, f"baseline: {name}", test, DASH, validation, *[DASH] * 7])
     return _markdown_table(header, rows)
 

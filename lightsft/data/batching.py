@@ -36,9 +36,7 @@ class SimilarLengths(Sampler[int]):
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=random).tolist()
         step = self.window * self.batch_size
-        windows = [
-            sorted(order[i : i + step], key=self.lengths.__getitem__) for i in range(0, len(order), step)
-        ]
+        windows = [sorted(order[i : i + step], key=self.lengths.__getitem__) for i in range(0, len(order), step)]
         grouped = [index for window in windows for index in window]
         batches = [grouped[i : i + self.batch_size] for i in range(0, len(grouped), self.batch_size)]
         last = batches.pop() if batches and len(batches[-1]) < self.batch_size else []
@@ -57,9 +55,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Ten
     return torch.tensor(padded)
 
 
-def pad_features(
-    features: Sequence[dict[str, Any]], padding_id: int, *, left: bool = False
-) -> dict[str, Tensor]:
+def pad_features(features: Sequence[dict[str, Any]], padding_id: int, *, left: bool = False) -> dict[str, Tensor]:
     """Batch token features: ids padded with `padding_id`, masks and token types with 0, label rows with IGNORED."""
     fill = {"input_ids": padding_id, "labels": IGNORED}
     return {

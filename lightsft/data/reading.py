@@ -60,9 +60,7 @@ def _read_file(path: Path, encoding: str) -> list[Row]:
             todo="name its encoding, for example --encoding latin-1",
         ) from error
     except LookupError as error:
-        raise DataError(
-            str(error), expected="an encoding that Python knows, such as utf-8 or latin-1"
-        ) from error
+        raise DataError(str(error), expected="an encoding that Python knows, such as utf-8 or latin-1") from error
 
 
 def _read_separated(path: Path, encoding: str, separator: str) -> list[Row]:
@@ -104,9 +102,7 @@ def _read_json(path: Path, encoding: str) -> list[Row]:
         if not isinstance(rows, list):
             raise DataError(f"{path} holds a JSON {type(rows).__name__}", expected="a list of objects")
     else:
-        rows = [
-            _parse(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()
-        ]
+        rows = [_parse(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataError(
@@ -131,9 +127,7 @@ def _read_saved(path: Path, split: str) -> list[Row]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
-        raise DataError(
-            f"{path} is a folder, but not a saved data set", expected="what save_to_disk wrote"
-        ) from error
+        raise DataError(f"{path} is a folder, but not a saved data set", expected="what save_to_disk wrote") from error
     return _one_split(loaded, split, str(path))
 
 

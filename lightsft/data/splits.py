@@ -28,9 +28,7 @@ def position(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def split_rows(
-    rows: Sequence[Row], key: Callable[[Row], str], *, validation: float = 0.1, test: float = 0.1
-) -> Splits:
+def split_rows(rows: Sequence[Row], key: Callable[[Row], str], *, validation: float = 0.1, test: float = 0.1) -> Splits:
     """The `test` share with the lowest positions is the test split, the next `validation` share the validation split.
 
     A share of 0 leaves that split empty. Raises DataError if a wanted one gets no row.

@@ -41,9 +41,7 @@ def plain_logits(checkpoint: Path, task: str, batches: Sequence[Batch]) -> list[
     """The same from a checkpoint folder, by transformers alone in a process where lightsft cannot be imported."""
     with tempfile.TemporaryDirectory() as scratch:
         stored, written = Path(scratch) / "batches.safetensors", Path(scratch) / "logits.safetensors"
-        save_file(
-            {f"{i}.{name}": t.contiguous() for i, b in enumerate(batches) for name, t in b.items()}, stored
-        )
+        save_file({f"{i}.{name}": t.contiguous() for i, b in enumerate(batches) for name, t in b.items()}, stored)
         script = Path(__file__).with_name("plain_logits.py")
         command = [
             sys.executable,
@@ -75,8 +73,7 @@ def certify(
     """Compare logits of base, base + adapter, and the reloaded merge, at positions that the attention mask keeps."""
     kept = [_kept(batch, logits) for batch, logits in zip(batches, tuned, strict=True)]
     before, after, plain = (
-        torch.cat([logits[keep] for logits, keep in zip(group, kept, strict=True)])
-        for group in (tuned, merged, base)
+        torch.cat([logits[keep] for logits, keep in zip(group, kept, strict=True)]) for group in (tuned, merged, base)
     )
     difference, effect = (after - before).abs(), (before - plain).abs()
     if half_precision:
@@ -110,7 +107,7 @@ def provenance(adapter: Path, base: str, merged: Path) -> dict[str, Any]:
 
 
 def _kept(batch: Batch, logits: Tensor) -> Tensor:
-    """Which (batch,) or (batch, length) positions count: all of a classifier's, the unpadded ones of a language model."""
+    """Which positions count: (batch,) of a classifier, all; (batch, length) of a language model, the unpadded ones."""
     if logits.dim() < 3 or "attention_mask" not in batch:
         return torch.ones(logits.shape[:-1], dtype=torch.bool)
     return batch["attention_mask"].bool()

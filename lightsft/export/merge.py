@@ -88,7 +88,8 @@ def _inputs(backbone: Backbone, task: Task | None, rows: Sequence[Row]) -> list[
     else:
         found = [_without_labels(batch) for batch in batches(task, rows, backbone.tokenizer, 16)]
     width = 1 if backbone.head else int(backbone.model.config.get_text_config().vocab_size)
-    kept, numbers = [], 0
+    kept: list[Batch] = []
+    numbers = 0
     for batch in found:
         numbers += batch["input_ids"].numel() * width
         if kept and numbers > MOST_LOGITS:

@@ -25,9 +25,7 @@ def main(checkpoint: str, auto_class: str, batches: str, logits: str) -> None:
         number, _, argument = key.partition(".")
         inputs.setdefault(number, {})[argument] = tensor
     with torch.no_grad():
-        save_file(
-            {number: model(**batch).logits.float().contiguous() for number, batch in inputs.items()}, logits
-        )
+        save_file({number: model(**batch).logits.float().contiguous() for number, batch in inputs.items()}, logits)
 
 
 if __name__ == "__main__":

@@ -146,9 +146,7 @@ class _PrefixAware:
         if mask is None:
             if not options["is_causal"] or query.shape[2] == 1:
                 return None
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[
-                None, None
-            ]
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
         if not isinstance(mask, Tensor):
             raise InjectionError(
                 f"the attention mask is a {type(mask).__name__}",
@@ -199,15 +197,11 @@ def recorded_attention(model: nn.Module) -> Iterator[list[AttentionCall]]:
     """While it is open, every attention that goes through the registry notes what it was called with."""
     names = {module: name for name, module in model.named_modules()}
     calls: list[AttentionCall] = []
-    configs = {
-        id(m.config): m.config for m in names if hasattr(getattr(m, "config", None), "_attn_implementation")
-    }
+    configs = {id(m.config): m.config for m in names if hasattr(getattr(m, "config", None), "_attn_implementation")}
     before = {key: config._attn_implementation for key, config in configs.items()}
 
     def recorder(implementation: str) -> Callable[..., Any]:
-        def record(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
-        ) -> Any:
+        def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
             if module in names:
                 calls.append(AttentionCall(names[module], key[0].detach(), value[0].detach(), query.shape[2]))
             return implementation_of(module, implementation)(module, query, key, value, *args, **options)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Primitive(ABC):
-    """Something placed on the module or parameter called `name`, without changing the tree, class or keys of the model."""
+    """Something placed on the module called `name`, without changing the tree, class or keys of the model."""
 
     name: str
 

@@ -107,11 +107,7 @@ class PlacedSide(Primitive):
 
     def covers(self) -> set[str]:
         """The parameters of the served module."""
-        return {
-            f"{self.name}.{name}"
-            for name, _ in self.served.named_parameters()
-            if not name.startswith((SIDE, TAP))
-        }
+        return {f"{self.name}.{name}" for name, _ in self.served.named_parameters() if not name.startswith((SIDE, TAP))}
 
     @property
     def mergeable(self) -> bool:
@@ -140,9 +136,7 @@ class PlacedSide(Primitive):
         return self.side.learning_rate_ratio(name.removeprefix(f"{self.name}."))
 
 
-def run_side(
-    served: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> Tensor | None:
+def run_side(served: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
     """Forward hook of a served module."""
     side = served._modules[SIDE]
     assert isinstance(side, Side)
@@ -166,9 +160,7 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value
-    raise InjectionError(
-        "a served module was called without a tensor", expected="a module that takes a tensor"
-    )
+    raise InjectionError("a served module was called without a tensor", expected="a module that takes a tensor")
 
 
 def _drop_hook(hooks: dict[int, Any], with_kwargs: dict[int, bool], function: Any) -> None:

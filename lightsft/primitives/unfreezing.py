@@ -18,9 +18,7 @@ from lightsft.primitives.base import Primitive
 class Unfreezing(Primitive):
     """The parameters called `names`, trained whole. The originals are kept, for `disabled()` and `eject()`."""
 
-    def __init__(
-        self, model: nn.Module, names: list[str], *, keep_outputs: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, model: nn.Module, names: list[str], *, keep_outputs: frozenset[str] = frozenset()) -> None:
         """`keep_outputs`: of these parameters' modules the output stays fp32 (a task head's logits)."""
         self.name = "unfreezing"
         self.model = model

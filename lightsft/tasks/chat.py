@@ -27,7 +27,7 @@ class Chat(Task):
 
     Rows hold `messages` (role, content), `conversations` (from, value), or a pair of columns: prompt and completion,
     instruction (with input) and output, question and answer. The tokenizer's chat template renders them. max_length:
-    in tokens; longer conversations are cut at the end, and one whose prompt alone is longer is an error.
+    in tokens; longer conversations are cut at the end.
     """
 
     max_length: int = 512
@@ -62,9 +62,7 @@ class Chat(Task):
     def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[dict[str, Any]]:
         """Token ids of the rendered conversation; labels are IGNORED outside the assistant's turns."""
         features = [self._encode(row, tokenizer) for row in rows]
-        silent = [
-            number for number, f in enumerate(features, 1) if all(label == IGNORED for label in f["labels"])
-        ]
+        silent = [number for number, f in enumerate(features, 1) if all(label == IGNORED for label in f["labels"])]
         if silent:
             raise DataError(
                 f"row {silent[0]}: within {self.max_length} tokens the assistant says nothing ({len(silent)} such rows)",
@@ -85,9 +83,7 @@ class Chat(Task):
         )
         spoken = _spans(pieces)
         labels = [
-            token
-            if any(start < end and begin <= start and end <= stop for begin, stop in spoken)
-            else IGNORED
+            token if any(start < end and begin <= start and end <= stop for begin, stop in spoken) else IGNORED
             for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ]
         return {
@@ -143,9 +139,7 @@ class Chat(Task):
         row = rows[labels[:, 1:] != IGNORED]
         spoken, targets = _supervised(logits, labels)
         losses = torch.nn.functional.cross_entropy(spoken.float(), targets, reduction="none")
-        per_token = torch.stack(
-            [losses, (spoken.argmax(-1) == targets).float(), torch.ones_like(losses)], dim=1
-        )
+        per_token = torch.stack([losses, (spoken.argmax(-1) == targets).float(), torch.ones_like(losses)], dim=1)
         return torch.zeros(labels.shape[0], 3, device=labels.device).index_add_(0, row, per_token)
 
     def metrics(self, outcomes: np.ndarray[Any, Any]) -> Metrics:

@@ -41,9 +41,7 @@ class Classification(Task):
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
-            raise DataError(
-                f"the labels are {', '.join(self.labels)}", expected="at least two different labels"
-            )
+            raise DataError(f"the labels are {', '.join(self.labels)}", expected="at least two different labels")
 
     def describe(self) -> dict[str, Any]:
         """The fields, and the task's name."""
@@ -130,6 +128,4 @@ def labels_of(rows: Sequence[Row], column: str, source: str) -> tuple[str, ...]:
             expected="a label column with a limited number of classes",
             todo="name the right column with --label",
         )
-    return tuple(
-        sorted(found, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label))
-    )
+    return tuple(sorted(found, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label)))

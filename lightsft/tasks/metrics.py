@@ -40,9 +40,7 @@ def per_class_scores(matrix: Array, labels: list[str]) -> dict[str, dict[str, fl
     """Precision, recall, F1 and number of examples of each class."""
     hits = np.diag(matrix).astype(float)
     predicted, truly = matrix.sum(axis=0), matrix.sum(axis=1)
-    rows = zip(
-        _ratio(hits, predicted), _ratio(hits, truly), _ratio(2 * hits, predicted + truly), truly, strict=True
-    )
+    rows = zip(_ratio(hits, predicted), _ratio(hits, truly), _ratio(2 * hits, predicted + truly), truly, strict=True)
     return {
         label: {"precision": float(p), "recall": float(r), "f1": float(f), "examples": int(n)}
         for label, (p, r, f, n) in zip(labels, rows, strict=True)
@@ -50,4 +48,5 @@ def per_class_scores(matrix: Array, labels: list[str]) -> dict[str, dict[str, fl
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
-    return np.divide(numerator, denominator, out=np.zeros_like(numerator, dtype=float), where=denominator > 0)
+    ratio: Array = np.divide(numerator, denominator, out=np.zeros(len(numerator)), where=denominator > 0)
+    return ratio

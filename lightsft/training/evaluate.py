@@ -33,9 +33,7 @@ def outcomes_of(backbone: Backbone, task: Task, rows: Sequence[Row], batch_size:
     with torch.no_grad(), evaluating(backbone.model):
         for batch in batches(task, rows, backbone.tokenizer, batch_size):
             labels = batch.pop("labels").to(backbone.model.device)
-            outputs = backbone.model(
-                **{name: value.to(backbone.model.device) for name, value in batch.items()}
-            )
+            outputs = backbone.model(**{name: value.to(backbone.model.device) for name, value in batch.items()})
             found.append(task.outcomes(outputs.logits, labels).cpu())
     array: np.ndarray[Any, Any] = torch.cat(found).numpy()
     return array

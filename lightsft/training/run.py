@@ -117,9 +117,7 @@ def build_trainer(
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.evaluation_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=learning_rate
-        or config.learning_rate
-        or getattr(injection.strategy, "learning_rate", 5e-5),
+        learning_rate=learning_rate or config.learning_rate or getattr(injection.strategy, "learning_rate", 5e-5),
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,

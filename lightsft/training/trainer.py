@@ -166,9 +166,7 @@ class Trainer(transformers.Trainer):
         torch.save(self.args, directory / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.injection.load_tensors(
-            artifact.read_tensors(Path(resume_from_checkpoint)), resume_from_checkpoint
-        )
+        self.injection.load_tensors(artifact.read_tensors(Path(resume_from_checkpoint)), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -71,9 +71,7 @@ def test_logits_and_gradients_equal_adapterhubs(name, case):
     model = reference_model(name)
     injection = CASES[case].inject(Backbone(model))
     weights = {our_name(name, key, case): value for key, value in stored(f"{name}/{case}/adapter/").items()}
-    trainable = {
-        key: p for key, p in injection.named_parameters().items() if not key.startswith("classifier")
-    }
+    trainable = {key: p for key, p in injection.named_parameters().items() if not key.startswith("classifier")}
     assert set(weights) == set(trainable)
     with torch.no_grad():
         for key, parameter in trainable.items():
@@ -100,18 +98,14 @@ def in_fp64(side, z, options):
         "swish": "silu",
         "leaky_relu": "leaky_relu",
     }
-    f = getattr(torch, options.non_linearity, None) or getattr(
-        nn.functional, activations[options.non_linearity]
-    )
+    f = getattr(torch, options.non_linearity, None) or getattr(nn.functional, activations[options.non_linearity])
     p = {key: value.detach().double() for key, value in side.named_parameters()}
     if options.layer_norm_before:
         z = nn.functional.layer_norm(z, z.shape[-1:], p["norm_before.weight"], p["norm_before.bias"])
     change = f(z @ p["down.weight"].T + p["down.bias"]) @ p["up.weight"].T + p["up.bias"]
     change = change * (p["scaling"] if options.scaling == "learned" else options.scaling)
     if options.layer_norm_after:
-        change = nn.functional.layer_norm(
-            change, change.shape[-1:], p["norm_after.weight"], p["norm_after.bias"]
-        )
+        change = nn.functional.layer_norm(change, change.shape[-1:], p["norm_after.weight"], p["norm_after.bias"])
     return change
 
 
@@ -226,6 +220,4 @@ def test_generation_with_a_cache_equals_generation_without(placement):
     randomise(Adapter(4, placement).inject(Backbone(model)), scale=0.5)
     prompt = batch(model, rows=1, labels=False)
     with_cache = model.generate(**prompt, max_new_tokens=8, do_sample=False)
-    assert torch.equal(
-        with_cache, model.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=False)
-    )
+    assert torch.equal(with_cache, model.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=False))

@@ -122,9 +122,7 @@ def test_a_checkpoint_folder_still_loads_onto_its_backbone(tmp_path):
 # ---- half precision
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"last_blocks": 1}, {"targets": "head"}, {"targets": "LayerNorm"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"last_blocks": 1}, {"targets": "head"}, {"targets": "LayerNorm"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_backbone_trains_fp32_masters_and_comes_back_in_half(options, dtype):
     model = tiny("bert", dtype=dtype)

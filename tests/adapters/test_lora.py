@@ -80,9 +80,7 @@ def test_a_decomposed_start_follows_its_formula_in_fp64_since_peft_does_not_tran
         else:
             q, r = torch.linalg.qr(weight)
             best = q[:, :4] @ r[:4] * primitive.side.scaling
-        product = (
-            primitive.side.initial_B.double() @ primitive.side.initial_A.double() * primitive.side.scaling
-        )
+        product = primitive.side.initial_B.double() @ primitive.side.initial_A.double() * primitive.side.scaling
         assert off(product, best) <= 1e-4  # an fp32 decomposition; what it is off by cancels in B A - B0 A0
 
 

@@ -90,8 +90,7 @@ def test_suffixes_are_written_where_they_are_exact_and_full_names_where_not(tmp_
     _, everywhere = saved("llama", tmp_path / "all", targets=["q_proj", "up_proj"])
     _, one_layer = saved("llama", tmp_path / "one", targets=["q_proj"], layers=[0])
     written = [
-        json.loads((folder / "adapter_config.json").read_text())["target_modules"]
-        for folder in (everywhere, one_layer)
+        json.loads((folder / "adapter_config.json").read_text())["target_modules"] for folder in (everywhere, one_layer)
     ]
     assert written == [["q_proj", "up_proj"], ["model.layers.0.self_attn.q_proj"]]
 
@@ -119,9 +118,7 @@ def test_auto_peft_model_finds_the_base_by_itself(tmp_path):
     assert off(logits(peft.eval()), logits(injection.model)) <= 1e-6
 
 
-EMBEDDINGS = pytest.mark.filterwarnings(
-    "ignore:Setting `save_embedding_layers`"
-)  # PEFT says so whatever we do
+EMBEDDINGS = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # PEFT says so whatever we do
 PEFTS = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -165,9 +162,7 @@ def test_our_load_opens_pefts_folder_with_the_same_logits(case, tmp_path):
     options = {"target_modules": ["q_proj", "v_proj", "up_proj"], **PEFTS[case]}
     expected, folder = written_by_peft("llama", tmp_path, **options)
     injection = lightsft.load(folder, tiny("llama", **UNTIED))
-    assert off(logits(injection.model), expected) <= (
-        1e-6 if case not in ("pissa", "olora", "dora") else 1e-5
-    )
+    assert off(logits(injection.model), expected) <= (1e-6 if case not in ("pissa", "olora", "dora") else 1e-5)
 
 
 @EMBEDDINGS

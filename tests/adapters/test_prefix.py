@@ -62,9 +62,7 @@ def observed(model, attention, **inputs):
         def __call__(self, module, query, key, value, mask, **options):
             result = function(module, query, key, value, mask, **options)
             if module is attention:
-                seen.update(
-                    query=query, key=key, value=value, output=result[0].transpose(1, 2), options=options
-                )
+                seen.update(query=query, key=key, value=value, output=result[0].transpose(1, 2), options=options)
             return result
 
     name = model.config._attn_implementation
@@ -108,9 +106,7 @@ def test_t5_adds_its_position_bias_to_the_real_keys_only():
     inputs = batch(model, labels=False)
     real = inputs["attention_mask"].bool()
     bias = model.encoder.block[0].layer[0].SelfAttention.compute_bias(9, 9)
-    seen = observed(
-        model.encoder, primitive.attention, **{k: v for k, v in inputs.items() if "decoder" not in k}
-    )
+    seen = observed(model.encoder, primitive.attention, **{k: v for k, v in inputs.items() if "decoder" not in k})
     expected = attention_in_fp64(
         seen["query"],
         seen["key"],
@@ -152,9 +148,7 @@ def padded(model, lengths, side):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 100, (len(lengths), longest), generator=generator)
     positions = torch.arange(longest)
-    mask = torch.stack(
-        [positions < n if side == "right" else positions >= longest - n for n in lengths]
-    ).long()
+    mask = torch.stack([positions < n if side == "right" else positions >= longest - n for n in lengths]).long()
     ids[mask == 0] = PAD if model.config.pad_token_id is None else model.config.pad_token_id
     return ids, mask
 
@@ -197,9 +191,7 @@ def test_t5_with_padding_equals_each_row_alone():
                 inputs["input_ids"][row : row + 1, real],
                 inputs["decoder_input_ids"][row : row + 1],
             )
-            assert (
-                off(together[row : row + 1], model(input_ids=ids, decoder_input_ids=targets).logits) <= 5e-6
-            )
+            assert off(together[row : row + 1], model(input_ids=ids, decoder_input_ids=targets).logits) <= 5e-6
 
 
 # ---- gradient checkpointing and generation
@@ -230,9 +222,7 @@ def test_generation_with_a_cache_equals_generation_without(name, options):
 def test_the_cache_holds_real_tokens_only():
     model = tiny("llama")
     inject(model)
-    out = model.generate(
-        torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True
-    )
+    out = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True)
     assert out.past_key_values.get_seq_length() == 6  # 3 given + 4 new, the last of which was never fed back
 
 
@@ -260,12 +250,8 @@ def test_places_choose_the_attentions_of_an_encoder_decoder(name, places, count)
     }[name]
     assert len(names) == count
     for found in names:
-        plain = found.replace("decoder.layers.0", "decoder.layers.N").replace(
-            "decoder.layers.1", "decoder.layers.N"
-        )
-        plain = plain.replace("decoder.block.0", "decoder.block.N").replace(
-            "decoder.block.1", "decoder.block.N"
-        )
+        plain = found.replace("decoder.layers.0", "decoder.layers.N").replace("decoder.layers.1", "decoder.layers.N")
+        plain = plain.replace("decoder.block.0", "decoder.block.N").replace("decoder.block.1", "decoder.block.N")
         assert any(marks[place] in plain for place in places), found
 
 
@@ -293,9 +279,7 @@ def test_more_virtual_tokens_than_positions_still_start():
 
 def test_the_random_start_depends_on_the_seed():
     starts = [
-        placed(Prefix(initialisation="random").inject(Backbone(tiny("llama")), seed=seed))[
-            0
-        ].prefix.prefix_key
+        placed(Prefix(initialisation="random").inject(Backbone(tiny("llama")), seed=seed))[0].prefix.prefix_key
         for seed in (0, 0, 1)
     ]
     assert torch.equal(starts[0], starts[1])
@@ -372,9 +356,7 @@ def test_eject_restores_every_attention_implementation(name, implementation):
     injection = inject(model)
     assert "lightsft" in placed(injection)[0].attention.config._attn_implementation
     injection.eject()
-    assert before == [
-        module.config._attn_implementation for module in model.modules() if hasattr(module, "config")
-    ]
+    assert before == [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
 
 
 def test_an_injected_model_saves_a_configuration_without_lightsfts_attention(tmp_path, model):

@@ -260,9 +260,7 @@ def test_the_verdict_names_winner_score_baseline_merge_and_certificate(tmp_path:
         (0.9, "which is better, so tuning did not pay;"),
     ],
 )
-def test_the_verdict_says_when_the_baseline_is_not_beaten(
-    tmp_path: Path, baseline: float, words: str
-) -> None:
+def test_the_verdict_says_when_the_baseline_is_not_beaten(tmp_path: Path, baseline: float, words: str) -> None:
     baselines = {"untuned": {"validation": None, "test": {"accuracy": baseline}}}
     markdown, _, page = report(comparison(baselines=baselines), tmp_path)
     assert words in page.text
@@ -391,9 +389,7 @@ def test_a_chat_task_prefers_the_lower_loss(tmp_path: Path) -> None:
     markdown, _, page = report(chat(), tmp_path)
     assert "lower is better" in page.text
     assert "higher is better" not in page.text + markdown
-    verdict = (
-        "has a test loss of 2.150 (95 % interval 2.120 to 2.180) against 2.900 for echo; nothing was merged."
-    )
+    verdict = "has a test loss of 2.150 (95 % interval 2.120 to 2.180) against 2.900 for echo; nothing was merged."
     assert verdict in page.text
     assert "Strongest baseline 2.900 echo" in page.text
     assert summary_names(page)[:2] == ["lora", "full"]
@@ -443,11 +439,7 @@ def test_a_comparison_in_which_everything_failed_has_a_report(tmp_path: Path) ->
 
 
 def test_an_interrupted_comparison_has_a_report(tmp_path: Path) -> None:
-    results = {
-        name: value
-        for name, value in comparison().items()
-        if name not in ("summary", "winner", "certificate")
-    }
+    results = {name: value for name, value in comparison().items() if name not in ("summary", "winner", "certificate")}
     markdown, _, page = report(results, tmp_path)
     assert "There is no winner: 4 of 4 trials finished." in page.text
     assert "There is no winner: 4 of 4 trials finished." in markdown
