@@ -30,6 +30,7 @@ from lightsft.injection import Injection, Strategy
 TENSORS, SETTINGS, PEFT_SETTINGS = "adapter_model.safetensors", "lightsft.json", "adapter_config.json"
 KEY_PREFIX = "base_model.model."
 FORMAT = 1
+_KINDS = {"format": int, "strategy": str, "options": dict, "seed": int, "base": dict}
 
 
 @runtime_checkable
@@ -56,6 +57,7 @@ def save(injection: Injection, directory: Path, *, task: Mapping[str, Any] | Non
     tensors = {KEY_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in injection.tensors().items()}
     write_file(directory / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_json(directory / SETTINGS, _settings(injection, task))
+    (directory / PEFT_SETTINGS).unlink(missing_ok=True)  # of what was saved here before
     if isinstance(injection.strategy, WritesCompanions):
         injection.strategy.write_companions(injection, directory)
     return directory
@@ -112,7 +114,24 @@ def load_base(directory: Path, base: str | None = None, **options: Any) -> Backb
 
 def read_settings(directory: Path) -> dict[str, Any] | None:
     """The content of lightsft.json, or None in a folder that PEFT wrote."""
-    return _read_json(directory, SETTINGS)
+    settings = _read_json(directory, SETTINGS)
+    if settings is None:
+        return None
+    path = directory / SETTINGS
+    if settings.get("format", FORMAT) != FORMAT:
+        raise ArtifactError(
+            f"{path} has format {settings['format']}",
+            expected=f"format {FORMAT}, which this version of lightsft writes",
+            todo="install the version of lightsft that wrote it",
+        )
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(settings.get(name), kind)]
+    if wrong or not isinstance(settings["base"].get("sketch"), dict):
+        raise ArtifactError(
+            f"{path} is damaged: {', '.join(wrong) or 'base.sketch'} is missing or of another type",
+            expected="a file written by lightsft",
+            todo="copy or train it again",
+        )
+    return settings
 
 
 def read_peft_settings(directory: Path) -> dict[str, Any] | None:

@@ -120,8 +120,11 @@ class Backbone:
     def sketch(self) -> dict[str, list[float]]:
         """A few values of a few weights, to tell one backbone from another whatever type it is loaded in.
 
-        SKETCH_VALUES values of SKETCH_TENSORS matrices, spread evenly over the model, without the head.
+        SKETCH_VALUES values of SKETCH_TENSORS matrices, spread evenly over the model, without the head. A model
+        without values, on the meta device, has an empty one.
         """
+        if self.model.device.type == "meta":
+            return {}
         names = [
             name
             for name, parameter in self.model.named_parameters()
@@ -136,16 +139,13 @@ class Backbone:
     def differences(self, sketch: dict[str, list[float]]) -> list[str]:
         """How this backbone differs from the one that `sketch` was taken of; empty when it is the same."""
         parameters = dict(self.model.named_parameters())
-        found = []
-        for name, expected in sketch.items():
-            if name not in parameters:
-                found.append(f"no weight named {name}")
-                continue
-            values = torch.tensor(_some_values(parameters[name]))
-            other = torch.tensor(expected)
-            if not same_values(values, other):
-                found.append(f"{name} holds other values")
-        return found
+        missing = [f"no weight named {name}" for name in sketch if name not in parameters]
+        return missing + [
+            f"{name} holds other values"
+            for name, expected in sketch.items()
+            if name in parameters
+            and not same_values(torch.tensor(_some_values(parameters[name])), torch.tensor(expected))
+        ]
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:

@@ -14,6 +14,9 @@ from typing import Any
 
 from lightsft.errors import OutputError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary path beside `path`, then move the result into place."""
@@ -85,16 +88,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _disk_reason(error: Exception) -> str | None:
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EACCES,
-        errno.EROFS,
-    ):
+    if isinstance(error, OSError) and error.errno in (*_FULL, *_CLOSED):
         return os.strerror(error.errno)
     text = str(error)  # safetensors reports the operating system's error as text
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    for code in _FULL:
         if f"os error {code}" in text or os.strerror(code) in text:
             return os.strerror(code)
     return None

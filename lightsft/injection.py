@@ -62,6 +62,7 @@ class Injection:
         self._trained_before = {name: p.requires_grad for name, p in backbone.model.named_parameters()}
         backbone.carries = type(strategy).__name__
         backbone.model.requires_grad_(False)
+        backbone.model.zero_grad(set_to_none=True)
 
     # ---- placing
 

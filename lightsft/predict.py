@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,25 @@ class Predictor:
         self, directory: str | Path, *, base: str | None = None, dtype: str = "float32", device: str = "auto"
     ) -> None:
         directory = Path(directory)
-        self.settings: dict[str, Any] = {}
         if artifact.is_adapter(directory):
             backbone = artifact.load_base(directory, base, dtype=dtype, device=device)
-            self.backbone = artifact.load(directory, backbone).backbone
-            self.settings = (artifact.read_settings(directory) or {}).get("task") or {}
+            artifact.load(directory, backbone)
+            settings = (artifact.read_settings(directory) or {}).get("task") or {}
         else:
-            self.backbone = Backbone.load(directory, task=_task_of(directory), dtype=dtype, device=device)
-        self.task = self.backbone.task or "classification"
+            backbone = Backbone.load(directory, task=_task_of(directory), dtype=dtype, device=device)
+            settings = {}
+        self._use(backbone, settings)
+
+    @classmethod
+    def of(cls, backbone: Backbone, settings: Mapping[str, Any] | None = None) -> Predictor:
+        """Predict with a backbone in memory, with whatever it carries; `settings` as `Task.describe()` gives them."""
+        predictor = cls.__new__(cls)
+        predictor._use(backbone, settings or {})
+        return predictor
+
+    def _use(self, backbone: Backbone, settings: Mapping[str, Any]) -> None:
+        self.backbone, self.settings = backbone, settings
+        self.task = backbone.task or "classification"
 
     def classify(self, texts: Sequence[str], batch_size: int = 32) -> list[dict[str, Any]]:
         """{"text", "label", "probabilities": {label: p}} for each text; probabilities sum to 1."""

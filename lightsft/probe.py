@@ -1,14 +1,15 @@
 """The probe: one tiny forward and backward pass that shows an injection is alive before hours are spent on it.
 
-Checked: the output is finite, every trainable tensor gets a gradient, nothing else does, and the strategy changes the
-output. Since many strategies start without an effect (LoRA's B is zero), trainable tensors are nudged meanwhile and
-put back bit for bit. Modules that never run (unused towers) are dropped and listed in `injection.skipped`.
+Checked: the output is finite, every trainable tensor gets a finite gradient, nothing else does, and the strategy
+changes the output, whatever the task head does. Since many strategies start without an effect (LoRA's B is zero),
+trainable tensors are nudged meanwhile and put back bit for bit. Modules that never run (unused towers) are dropped
+and listed in `injection.skipped`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -42,7 +43,7 @@ def probe(injection: Injection) -> None:
         loss.backward()
         _drop_what_never_ran(injection, called)
         _check_gradients(injection, called)
-        with torch.no_grad(), injection.disabled():
+        with torch.no_grad(), _without_its_own(injection):
             plain = predictions(model(**tiny_inputs(model)))
         if all(torch.equal(a, b.to(a.dtype)) for a, b in zip(outputs, plain, strict=True)):
             raise InjectionError(
@@ -50,6 +51,25 @@ def probe(injection: Injection) -> None:
                 expected="an output that changes when trainable tensors do",
                 todo="choose other targets",
             )
+
+
+def _own(injection: Injection) -> list[Primitive]:
+    """What the strategy placed beside the task head, which every strategy trains."""
+    head = injection.backbone.head
+    return [p for p in injection.primitives if not set(p.trainable()) <= head]
+
+
+@contextmanager
+def _without_its_own(injection: Injection) -> Iterator[None]:
+    """Within it only the task head stays as it is; if the head is all there is, it goes too."""
+    primitives = _own(injection) or injection.primitives
+    for primitive in primitives:
+        primitive.enable(False)
+    try:
+        yield
+    finally:
+        for primitive in primitives:
+            primitive.enable(True)
 
 
 def _drop_what_never_ran(injection: Injection, called: set[str]) -> None:
@@ -78,16 +98,23 @@ def _check_gradients(injection: Injection, called: set[str]) -> None:
         for name, parameter in primitive.trainable().items()
         if parameter.grad is None and not _may_be_routed_to(injection, _site(primitive, name), called)
     ]
+    problems += [
+        f"the gradient of {name} is not finite"
+        for name, parameter in injection.named_parameters().items()
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+    ]
     trained = {id(parameter) for parameter in injection.parameters()}
     problems += [
         f"{name} gets a gradient though it is not trained"
         for name, parameter in injection.model.named_parameters()
         if parameter.grad is not None and id(parameter) not in trained
     ]
-    if problems or not trained:
+    if injection.skipped and not _own(injection):
+        problems.append("a forward pass never calls " + ", ".join(injection.skipped[:8]))
+    if problems:
         raise InjectionError(
             f"{type(injection.strategy).__name__} does not train on {type(injection.model).__name__}:\n  "
-            + "\n  ".join(problems[:8] or ["none of its targets runs in a forward pass"]),
+            + "\n  ".join(problems[:8]),
             expected="a gradient on every trainable tensor, and on nothing else",
             todo="choose targets whose modules are called (not only read) in the forward pass",
         )
@@ -132,7 +159,7 @@ def _calls(injection: Injection) -> Iterator[set[str]]:
     """The names of the modules that run meanwhile."""
     called: set[str] = set()
 
-    def note(name: str) -> object:
+    def note(name: str) -> Callable[[nn.Module, object], None]:
         def hook(module: nn.Module, args: object) -> None:
             called.add(name)
 

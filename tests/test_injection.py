@@ -346,26 +346,29 @@ def test_a_failed_injection_leaves_the_backbone_untouched(strategy, error):
     assert backbone.carries is None
 
 
+def place(backbone, *, times=1, then=None):
+    """LoRA by hand on one module, as often as asked, then an error."""
+    name = "model.layers.0.self_attn.q_proj"
+    with injecting(LoRA(), backbone, 0) as injection:
+        for _ in range(times):
+            injection.add_side(name, LoRA()._side(backbone, name, 0))
+        if then is not None:
+            raise then
+    return injection
+
+
 def test_a_strategy_that_fails_midway_takes_its_own_back():
     backbone = Backbone(tiny("llama"))
     shape = shape_of(backbone.model)
-    with pytest.raises(KeyboardInterrupt), injecting(LoRA(), backbone, 0) as injection:
-        injection.add_side(
-            "model.layers.0.self_attn.q_proj", LoRA()._side(backbone, "model.layers.0.self_attn.q_proj", 0)
-        )
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        place(backbone, then=KeyboardInterrupt())
     assert shape_of(backbone.model) == shape
+    assert place(backbone).parameters()
 
 
 def test_one_module_carries_one_side():
-    backbone = Backbone(tiny("llama"))
-    name = "model.layers.0.self_attn.q_proj"
-    with (
-        pytest.raises(InjectionError, match="already carries a side"),
-        injecting(LoRA(), backbone, 0) as injection,
-    ):
-        for _ in range(2):
-            injection.add_side(name, LoRA()._side(backbone, name, 0))
+    with pytest.raises(InjectionError, match="already carries a side"):
+        place(Backbone(tiny("llama")), times=2)
 
 
 # ---- numbers
@@ -432,7 +435,7 @@ def test_a_few_steps_lower_the_loss(strategy, model):
 def test_gradient_checkpointing_gives_the_same_gradients(strategy, use_reentrant, name):
     injection = randomise(strategy.inject(Backbone(tiny(name))))
     plain, checkpointed = gradients_with_and_without_checkpointing(injection, use_reentrant=use_reentrant)
-    assert furthest(checkpointed, plain) <= (1e-5 if injection.model.config.is_encoder_decoder else 0)
+    assert furthest(checkpointed, plain) <= (1e-5 if injection.model.config.is_encoder_decoder else 1e-6)
 
 
 @each_strategy

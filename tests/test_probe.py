@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightsft_adapters import Full, LoRA
 from torch import nn
 
 from lightsft import Backbone, injecting
 from lightsft.errors import InjectionError
 from lightsft.primitives import Side
-from lightsft_adapters import Full, LoRA
 from tests.tiny_models import batch, logits, tiny
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -55,6 +55,11 @@ class Exploding(Scaled):
         return output + self.w / torch.zeros(())
 
 
+class Broken(Scaled):
+    def forward(self, served, inputs, output):
+        return output + (self.w - 9.0).log()
+
+
 class Idle(Scaled):
     def forward(self, served, inputs, output):
         return output + self.w * torch.zeros_like(output)
@@ -80,7 +85,7 @@ class Meddling(Scaled):
         (Deaf, f"no gradient reaches {QUERY}.w"),
         (Detached, f"no gradient reaches {QUERY}.w"),
         (HalfDeaf, f"no gradient reaches {QUERY}.unused"),
-        (Exploding, "not finite"),
+        (Exploding, f"the gradient of {QUERY}.w is not finite"),  # this attention turns infinite queries finite
         (Meddling, f"{QUERY}.bias gets a gradient though it is not trained"),
     ],
 )
@@ -91,6 +96,11 @@ def test_a_broken_side_is_refused_by_name_and_removed(side, told):
         Places(side).inject(Backbone(model))
     assert list(model.state_dict()) == keys
     assert torch.equal(logits(model), before)
+
+
+def test_an_output_that_is_not_finite_is_refused():
+    with pytest.raises(InjectionError, match="output is not finite"):
+        Places(Broken, "bert.pooler.dense").inject(Backbone(tiny("bert")))
 
 
 def test_a_side_without_an_effect_is_refused():

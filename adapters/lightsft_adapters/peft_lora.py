@@ -39,7 +39,6 @@ def write_peft_config(lora: LoRA, injection: Injection, directory: Path) -> None
     """
     whole, parts = _whole_modules(injection)
     if parts or _any_tied(injection, whole):
-        (directory / PEFT_SETTINGS).unlink(missing_ok=True)
         reason = f"{parts[0]} is trained without the rest of its module" if parts else "a trained weight is tied"
         logger.warning("PEFT cannot open %s (lightsft can): %s", directory, reason)
         return
@@ -79,6 +78,13 @@ def read_peft_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     """
     if config.get("peft_type") != "LORA":
         return None
+    absent = [name for name in ("r", "lora_alpha") if name not in config]
+    if absent:
+        raise ArtifactError(
+            f"{PEFT_SETTINGS} is damaged: it does not say {' and '.join(absent)}",
+            expected="a configuration written by PEFT",
+            todo="copy or train it again",
+        )
     used = [name for name in _UNREADABLE if config.get(name)]
     if config.get("bias", "none") != "none":
         used.append("bias")

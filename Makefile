@@ -1,0 +1,27 @@
+# make demo   the main job on real shipped data; ends with the paths of the report and of the merged checkpoint
+# make test   every test: the quick ones first, then the long ones
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-quick lint clean
+
+demo:
+	@$(PYTHON) tools/install.py demo
+	@$(BIN)/lightsft demo --out runs/demo
+
+test: test-quick
+	$(BIN)/python -m pytest -q -m slow
+
+test-quick:
+	@$(PYTHON) tools/install.py test
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint:
+	@$(PYTHON) tools/install.py test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs build dist .mypy_cache .ruff_cache .pytest_cache
