@@ -82,7 +82,7 @@ class Predictor:
         return answer.strip()
 
     def _length(self) -> int:
-        return int(self.settings.get("max_length") or min(self.backbone.tokenizer.model_max_length, DEFAULT_LENGTH))
+        return min(self.settings.get("max_length") or DEFAULT_LENGTH, int(self.backbone.tokenizer.model_max_length))
 
 
 def _task_of(directory: Path) -> str:

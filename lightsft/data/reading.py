@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -64,39 +67,46 @@ def _read_file(path: Path, encoding: str) -> list[Row]:
 
 
 def _read_separated(path: Path, encoding: str, separator: str) -> list[Row]:
-    import pandas
-
-    text = path.read_bytes().decode(encoding)
+    """Strict: every row has the header's number of fields, a quote that is opened is closed; blank lines are skipped."""
+    limit = csv.field_size_limit(sys.maxsize)  # texts may be long
     try:
-        from io import StringIO
-
-        table = pandas.read_csv(StringIO(text), sep=separator, dtype=str, keep_default_na=False)
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
+        lines = csv.reader(StringIO(_decoded(path, encoding), newline=""), delimiter=separator, strict=True)
+        header = next(lines, [])
+        rows = []
+        for fields in lines:
+            if len(fields) not in (0, len(header)):
+                raise csv.Error(f"{len(fields)} fields instead of {len(header)}")
+            if fields:
+                rows.append(dict(zip(header, fields, strict=True)))
+    except csv.Error as error:
         raise DataError(
-            f"{path} does not parse: {str(error).strip()}",
+            f"{path} does not parse: {error} in line {lines.line_num}",
             expected="a header and the same number of fields in every row",
-            todo="quote fields that contain the separator or a line break",
+            todo="quote fields that contain the separator or a line break, and double the quotes inside them",
         ) from error
-    return _records(table)
+    finally:
+        csv.field_size_limit(limit)
+    return rows
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    import pandas
     import pyarrow
+    from pyarrow import parquet
 
     try:
-        return _records(pandas.read_parquet(path))
-    except pyarrow.ArrowInvalid as error:
+        rows: list[Row] = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is damaged: {error}", expected="a parquet file") from error
+    return rows
 
 
-def _records(table: Any) -> list[Row]:
-    records: list[Row] = table.to_dict(orient="records")
-    return records
+def _decoded(path: Path, encoding: str) -> str:
+    """The text of a file, without the byte-order mark that spreadsheets write."""
+    return path.read_bytes().decode(encoding).removeprefix("\ufeff")
 
 
 def _read_json(path: Path, encoding: str) -> list[Row]:
-    text = path.read_bytes().decode(encoding)
+    text = _decoded(path, encoding)
     if path.suffix == ".json":
         rows = _parse(text, path, 1)
         if not isinstance(rows, list):

@@ -60,12 +60,12 @@ class Chat(Task):
                 )
 
     def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[dict[str, Any]]:
-        """Token ids of the rendered conversation; labels are IGNORED outside the assistant's turns."""
+        """Token ids of the conversation; labels are IGNORED outside the assistant's turns."""
         features = [self._encode(row, tokenizer) for row in rows]
         silent = [number for number, f in enumerate(features, 1) if all(label == IGNORED for label in f["labels"])]
         if silent:
             raise DataError(
-                f"row {silent[0]}: within {self.max_length} tokens the assistant says nothing ({len(silent)} such rows)",
+                f"row {silent[0]}: no assistant token within {self.max_length} tokens ({len(silent)} such rows)",
                 expected="an answer inside the length limit",
                 todo="raise --max-length, or remove the rows",
             )
@@ -79,7 +79,7 @@ class Chat(Task):
             add_special_tokens=False,
             return_offsets_mapping=True,
             truncation=True,
-            max_length=self.max_length,
+            max_length=min(self.max_length, tokenizer.model_max_length),
         )
         spoken = _spans(pieces)
         labels = [

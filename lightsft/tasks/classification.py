@@ -17,13 +17,15 @@ from lightsft.errors import DataError
 from lightsft.tasks.base import Metrics, Task
 from lightsft.tasks.metrics import classification_scores, confusion_matrix, per_class_scores
 
+MOST_LABELS = 1000
+
 
 @dataclass(frozen=True)
 class Classification(Task):
     """Cross-entropy over `labels`; the score is the accuracy.
 
     text, text_pair, label: columns. labels: the classes, in the head's order. max_length: in tokens; longer texts
-    are cut.
+    are cut, as is what exceeds the tokenizer's own limit.
     """
 
     labels: tuple[str, ...]
@@ -56,23 +58,24 @@ class Classification(Task):
         require_columns(rows, [*self._text_columns(), self.label], source)
         known = set(self.labels)
         for number, row in enumerate(rows, 1):
+            for column in (*self._text_columns(), self.label):
+                if not _filled(row, column):
+                    raise DataError(
+                        f"{source}: row {number} has an empty {column!r}",
+                        expected="a text and a label in every row",
+                        todo="fill it, or remove the row",
+                    )
             if str(row[self.label]) not in known:
                 raise DataError(
                     f"{source}: row {number} has the label {str(row[self.label])!r}",
                     expected=f"one of {', '.join(map(repr, self.labels))}",
                     todo="correct the row, or name all labels with --labels",
                 )
-            if not str(row[self.text]).strip():
-                raise DataError(
-                    f"{source}: row {number} has an empty {self.text!r}",
-                    expected="a text in every row",
-                    todo="remove the row",
-                )
 
     def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[dict[str, Any]]:
         """Token ids, cut to max_length, and the label's index."""
         texts = [[str(row[column]) for row in rows] for column in self._text_columns()]
-        encoded = tokenizer(*texts, truncation=True, max_length=self.max_length)
+        encoded = tokenizer(*texts, truncation=True, max_length=min(self.max_length, tokenizer.model_max_length))
         index = {label: number for number, label in enumerate(self.labels)}
         return [
             {
@@ -121,11 +124,16 @@ class Classification(Task):
 def labels_of(rows: Sequence[Row], column: str, source: str) -> tuple[str, ...]:
     """The labels that occur, sorted; numbers in numeric order."""
     require_columns(rows, [column], source)
-    found = {str(row[column]) for row in rows}
-    if len(found) > 1000:
+    found = {str(row[column]) for row in rows if _filled(row, column)}
+    if len(found) > max(2, min(MOST_LABELS, len(rows) // 2)):
         raise DataError(
-            f"{source}: the column {column!r} holds {len(found)} different values",
+            f"{source}: the column {column!r} holds {len(found)} different values in {len(rows)} rows",
             expected="a label column with a limited number of classes",
             todo="name the right column with --label",
         )
     return tuple(sorted(found, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label)))
+
+
+def _filled(row: Row, column: str) -> bool:
+    """Whether there is something in it: data sets store what is missing as None."""
+    return row.get(column) is not None and bool(str(row[column]).strip())

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from lightsft.backbone import Backbone
 from lightsft.config import TrainConfig
-from lightsft.data.reading import Row, read_rows
+from lightsft.data.reading import Row, read_rows, require_columns
 from lightsft.data.splits import Splits, at_most, split_rows
 from lightsft.device import choose_device, choose_dtype
 from lightsft.errors import ConfigurationError
@@ -31,11 +36,24 @@ class Prepared:
 
 def prepare(config: TrainConfig) -> Prepared:
     """Read and check the data, find the labels, split. Nothing heavy: every error about data comes from here."""
+    _require_known("scheduler", config.scheduler, SchedulerType)
+    _require_known("optimizer", config.optimizer, OptimizerNames)
     rows = read_rows(config.data, encoding=config.encoding)
     chosen = _task(config, rows)
     chosen.check(rows, config.data)
     splits = _splits(config, rows, chosen)
     return Prepared(chosen, splits, _metric(config, chosen))
+
+
+def _require_known(name: str, value: str, choices: Iterable[Any]) -> None:
+    known = [str(choice.value) for choice in choices]
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        raise ConfigurationError(
+            f"no {name} named {value!r}",
+            expected=f"one of {', '.join(known)}",
+            todo=f"did you mean {near[0]!r}?" if near else "",
+        )
 
 
 def _metric(config: TrainConfig, chosen: Task) -> str:
@@ -52,6 +70,8 @@ def _task(config: TrainConfig, rows: list[Row]) -> Task:
     if config.task == "classification":
         from lightsft.tasks.classification import labels_of
 
+        columns = [config.text, config.text_pair, config.label]
+        require_columns(rows, [column for column in columns if column is not None], config.data)
         labels = config.labels or labels_of(rows, config.label, config.data)
         options |= {
             "labels": labels,
@@ -60,8 +80,19 @@ def _task(config: TrainConfig, rows: list[Row]) -> Task:
             "text_pair": config.text_pair,
         }
     elif config.chat_template is not None:
-        options["chat_template"] = Path(config.chat_template).read_text(encoding="utf-8")
+        options["chat_template"] = _template(Path(config.chat_template))
     return task(config.task, **options)
+
+
+def _template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"cannot read the chat template {path}: {error}",
+            expected="a file with a Jinja template in UTF-8",
+            todo="check the path",
+        ) from error
 
 
 def _splits(config: TrainConfig, rows: list[Row], chosen: Task) -> Splits:
@@ -87,7 +118,7 @@ def _splits(config: TrainConfig, rows: list[Row], chosen: Task) -> Splits:
 def load_backbone(config: TrainConfig, prepared: Prepared, strategy: Strategy | None, seed: int) -> Backbone:
     """The backbone in the configured precision; with fp32 weights where the strategy trains them in place."""
     device = choose_device(config.device)
-    return Backbone.load(
+    backbone = Backbone.load(
         config.model,
         task=config.task,
         labels=getattr(prepared.task, "labels", None),
@@ -96,6 +127,22 @@ def load_backbone(config: TrainConfig, prepared: Prepared, strategy: Strategy | 
         device=str(device),
         seed=seed,
     )
+    _require_positions(config, prepared, backbone)
+    return backbone
+
+
+def _require_positions(config: TrainConfig, prepared: Prepared, backbone: Backbone) -> None:
+    """Raise ConfigurationError if texts may be longer than the model reads."""
+    model, tokenizer = backbone.model, backbone.tokenizer
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    limit = min(positions if positions > 0 else math.inf, tokenizer.model_max_length)
+    wanted = config.max_length or min(getattr(prepared.task, "max_length", 0), tokenizer.model_max_length)
+    if wanted > limit:
+        raise ConfigurationError(
+            f"inputs of up to {wanted} tokens, but {type(model).__name__} from {config.model} reads {limit}",
+            expected=f"a max_length of at most {limit}",
+            todo=f"--max-length {limit}: longer texts are cut",
+        )
 
 
 def build_trainer(

@@ -89,8 +89,8 @@ def test_every_bad_key_is_reported_at_once(train):
         (b"text,label\na,b,c,d\n", ["does not parse", "same number of fields", "quote"]),
         (b'text,label\n"open,pos\n', ["does not parse", "quote"]),
         (b"text,label\ngood,pos\n,neg\n", ["row 2 has an empty 'text'", "remove the row"]),
-        (b"text,label\ngood,pos\nbad,neg\n", ["2 rows leave the", "split empty", "--validation-data"]),
-        (b"\x00\x01\x02", ["no column 'text', 'label'"]),
+        (b"text,label\ngood,pos\nbad\n", ["1 fields instead of 2 in line 3", "same number of fields"]),
+        (b"\x00\x01\x02", ["holds no rows"]),
     ],
 )
 def test_a_bad_file_is_refused_by_name(train, tmp_path, content, fragments):
@@ -110,10 +110,13 @@ def test_a_folder_without_a_model_is_refused(train, tmp_path):
     refused(train(model=tmp_path / "empty"), "holds no config.json", "a transformers checkpoint folder")
 
 
-def test_texts_longer_than_the_model_reads_are_refused_unless_they_are_cut(train, tmp_path):
-    rows = [{"text": row["text"] + " the" * 80, "label": row["label"]} for row in labelled_rows(60)]
-    long = write_csv(tmp_path / "long.csv", rows)
-    refused(train(data=long, max_length=100), "64", "--max-length")
+def test_inputs_longer_than_the_model_reads_are_refused(train):
+    refused(train(max_length=100), "up to 100 tokens, but BertForSequenceClassification", "reads 64", "--max-length 64")
+
+
+def test_too_few_rows_for_three_splits_are_refused(train, tmp_path):
+    few = write_csv(tmp_path / "few.csv", labelled_rows(2))
+    refused(train(data=few), "2 rows leave the", "split empty", "--validation-data")
 
 
 @pytest.mark.parametrize("command_name", ["train", "compare"])

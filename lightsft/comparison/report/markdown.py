@@ -1,0 +1,164 @@
+"""`report.md`: the same facts, shorter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from lightsft.comparison.report.facts import (
+    baseline_score,
+    baselines,
+    interval_meaning,
+    metric_names,
+    split_roles,
+    test,
+    verdict,
+)
+from lightsft.comparison.report.wording import (
+    DASH,
+    Results,
+    count,
+    direction,
+    mebibytes,
+    model_name,
+    plain,
+    requirements,
+    score,
+    seconds,
+    share,
+    spread,
+    words,
+)
+
+
+def markdown_page(results: Results) -> str:
+    """The whole file."""
+    sections = [
+        f"# {_cell(model_name(results))}: {_cell(results['task'])}, strategies compared",
+        f"**{_cell(verdict(results))}**",
+        _markdown_winner(results),
+        f"## Summary\n\n{_markdown_summary(results)}",
+        _cell(interval_meaning(results)),
+        _markdown_failures(results),
+        _markdown_trials(results),
+        f"## Data\n\n{_markdown_data(results)}",
+        _markdown_certificate(results),
+        f"## Run it again\n\n{_fenced(results['command'], 'sh')}",
+        _fenced(requirements(results), "text") if results.get("versions") else "",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _markdown_winner(results: Results) -> str:
+    winner = results.get("winner")
+    if not winner:
+        return ""
+    where = f"The winner's weights (seed {winner['seed']}) are in {winner['adapter']}."
+    return "\n\n".join(_cell(text) for text in (winner.get("note"), where) if text)
+
+
+def _markdown_summary(results: Results) -> str:
+    metric = words(results["metric"])
+    header = [
+        "#",
+        "strategy",
+        f"test {metric} ({direction(results)})",
+        "95 % interval",
+        f"validation {metric}",
+    ]
+    header += [
+        "spread over seeds",
+        "trainable parameters",
+        "share",
+        "seconds",
+        "peak MiB",
+        "file MiB",
+        "merges",
+    ]
+    rows = [[number, *_summary_cells(row)] for number, row in enumerate(results["summary"], start=1)]
+    for name, scores in baselines(results):
+        test, validation = (score(baseline_score(results, scores, split)) for split in ("test", "validation"))
+        rows.append([DASH, f"baseline: {name}", test, DASH, validation, *[DASH] * 7])
+    return _markdown_table(header, rows)
+
+
+def _summary_cells(row: Results) -> list[str]:
+    interval = row.get("interval")
+    return [
+        row["strategy"],
+        score(row.get("score")),
+        f"{score(interval[0])} to {score(interval[1])}" if interval else DASH,
+        score(row.get("validation_score")),
+        spread(row),
+        count(row.get("trainable_parameters")),
+        share(row.get("trainable_share")),
+        seconds(row.get("seconds")),
+        mebibytes(row.get("peak_bytes")),
+        mebibytes(row.get("adapter_bytes")),
+        plain(row.get("mergeable")),
+    ]
+
+
+def _markdown_failures(results: Results) -> str:
+    failed = [trial for trial in results["trials"] if trial["status"] == "failed"]
+    if not failed:
+        return ""
+    rows = [[trial["strategy"], trial["seed"], trial.get("error") or DASH] for trial in failed]
+    return f"## Failed trials\n\n{_markdown_table(['strategy', 'seed', 'error'], rows)}"
+
+
+def _markdown_trials(results: Results) -> str:
+    metric, names = results["metric"], metric_names(results)
+    header = [
+        "strategy",
+        "seed",
+        "status",
+        f"validation {words(metric)}",
+        *(f"test {words(name)}" for name in names),
+    ]
+    rows = [
+        [
+            trial["strategy"],
+            trial["seed"],
+            trial["status"],
+            score((trial.get("validation") or {}).get(metric)),
+        ]
+        + [score(test(trial).get(name)) for name in names]
+        + [plain(trial.get("learning_rate")), seconds(trial.get("seconds")), trial.get("adapter") or DASH]
+        for trial in results["trials"]
+    ]
+    return f"## Trials\n\n{_markdown_table([*header, 'learning rate', 'seconds', 'adapter'], rows)}"
+
+
+def _markdown_data(results: Results) -> str:
+    data = results.get("data") or {}
+    rows = [[split, count(data.get(split)), role] for split, role in split_roles()]
+    labels = ", ".join(map(str, data.get("labels") or [])) or DASH
+    return f"Source: {_cell(data.get('source') or DASH)}. Labels: {_cell(labels)}.\n\n" + _markdown_table(
+        ["split", "examples", "use"], rows
+    )
+
+
+def _markdown_certificate(results: Results) -> str:
+    certificate = results.get("certificate")
+    if not certificate:
+        return ""
+    rows = [[words(name), plain(value)] for name, value in certificate.items()]
+    return f"## Merge certificate\n\n{_markdown_table(['check', 'value'], rows)}"
+
+
+def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """Text on one line that Markdown shows as it is."""
+    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
+
+
+def _fenced(text: str, language: str) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"

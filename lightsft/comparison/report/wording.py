@@ -1,0 +1,115 @@
+"""Words and numbers as the report shows them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+Results = Mapping[str, Any]
+
+
+DASH = "–"
+
+
+def is_number(value: object) -> bool:
+    """Whether a value can be shown as a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def words(name: object) -> str:
+    """`macro_f1` -> `macro f1`."""
+    return str(name).replace("_", " ")
+
+
+def score(value: Any) -> str:
+    """Four decimals."""
+    if not is_number(value):
+        return DASH
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
+
+
+def spread(row: Results) -> str:
+    """The distance between a strategy's best and worst seed, where there are several."""
+    return score(row.get("spread")) if (row.get("seeds") or 0) > 1 else DASH
+
+
+def count(value: Any) -> str:
+    """1,234."""
+    return f"{value:,.0f}" if is_number(value) else DASH
+
+
+def share(value: Any) -> str:
+    """0.0123 -> 1.23 %."""
+    return f"{100 * value:.3g} %" if is_number(value) else DASH
+
+
+def seconds(value: Any) -> str:
+    """Seconds, or minutes and seconds."""
+    if not is_number(value):
+        return DASH
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def mebibytes(value: Any) -> str:
+    """Bytes in MiB."""
+    if not is_number(value):
+        return DASH
+    mebibytes = value / 2**20
+    return f"{mebibytes:,.2f}" if mebibytes < 10 else f"{mebibytes:,.0f}"
+
+
+def plain(value: Any) -> str:
+    """Any value of a certificate, a configuration or a machine, short and readable."""
+    if value is None or isinstance(value, bool):
+        return {None: DASH, True: "yes", False: "no"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int | str):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def options(value: Any) -> str:
+    """`rank=16, alpha=32`."""
+    return ", ".join(f"{name}={plain(option)}" for name, option in value.items()) if value else DASH
+
+
+def direction(results: Results) -> str:
+    """Which way is better."""
+    return "higher is better" if results["greater_is_better"] else "lower is better"
+
+
+def model_name(results: Results) -> str:
+    """The last two parts of a path, or a hub's owner/name."""
+    return "/".join(str(results["model"]).rstrip("/").split("/")[-2:])
+
+
+def machine(results: Results) -> list[tuple[str, str]]:
+    """What it ran on, as rows."""
+    machine = dict(results.get("machine") or {})
+    memory = machine.pop("memory_bytes", None)
+    rows = [(words(name), plain(value)) for name, value in machine.items()]
+    return [*rows, ("memory", f"{mebibytes(memory)} MiB")] if memory else rows
+
+
+def requirements(results: Results) -> str:
+    """Versions as pip takes them."""
+    versions = results.get("versions") or {}
+    packages = [f"{name}=={version}" for name, version in versions.items() if name != "python"]
+    python = [f"# Python {versions['python']}"] if "python" in versions else []
+    return "\n".join([*python, *packages])
+
+
+def breakable(text: Any) -> Any:
+    """A strategy's label that may wrap after its brackets and commas."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[(,])", str(text)))
+
+
+def indented(value: Any) -> str:
+    """Readable JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
