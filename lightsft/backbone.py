@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from lightsft.anatomy import Anatomy, read_anatomy
 from lightsft.device import choose_device, choose_dtype
 from lightsft.errors import BackboneError
+from lightsft.quiet import quiet
 
 AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification", "chat": "AutoModelForCausalLM"}
 SKETCH_TENSORS, SKETCH_VALUES = 24, 8
@@ -218,22 +219,15 @@ def _seeded(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _loading(path_or_id: str) -> Iterator[None]:
     """Quiet loading (missing heads are expected, and reported by us), with transformers' errors made readable."""
-    verbosity = transformers.logging.get_verbosity()
-    progress = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
-        yield
+        with quiet():
+            yield
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(
             f"cannot load a model from {path_or_id!r}: {str(error).strip().splitlines()[0]}",
             expected="a transformers checkpoint folder, a GGUF file, or a hub id that can be reached",
             todo="check the path; a hub id needs a network connection or a filled cache",
         ) from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if progress:
-            transformers.logging.enable_progress_bar()
 
 
 def load_tokenizer(path_or_id: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,16 @@ class StrategySpec(BaseModel):
         options = dict(_option(part, text) for part in split_list(match[2] or ""))
         return cls._from_mapping({"name": match[1], "label": re.sub(r"\s+", "", text), **options})
 
+    def __str__(self) -> str:
+        """The text that `parse` reads as this."""
+        own = {"label": self.label, "learning_rate": self.learning_rate}
+        for options in (self.options, {**self.options, **{k: v for k, v in own.items() if v is not None}}):
+            inside = ", ".join(f"{key}={json.dumps(value)}" for key, value in options.items())
+            text = f"{self.name}({inside})" if inside else self.name
+            if StrategySpec.parse(text) == self:
+                break
+        return text
+
     @classmethod
     def _from_mapping(cls, mapping: Mapping[str, Any]) -> StrategySpec:
         if "name" not in mapping:
@@ -75,7 +86,18 @@ def _option(text: str, whole: str) -> tuple[str, Any]:
 
 def split_list(text: str) -> list[str]:
     """Split on commas that are not inside brackets or quotes."""
-    parts = re.findall(r"""(?:[^,()\[\]{}"']|\([^()]*\)|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+""", text)
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        else:
+            depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
     return [part.strip() for part in parts if part.strip()]
 
 

@@ -94,6 +94,8 @@ def _disk_reason(error: Exception) -> str | None:
     for code in _FULL:
         if f"os error {code}" in text or os.strerror(code) in text:
             return os.strerror(code)
+    if "inline_container.cc" in text:  # so does torch.save, without the reason
+        return "PyTorch could not write a whole file"
     return None
 
 

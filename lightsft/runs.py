@@ -13,9 +13,9 @@ _DATA = ("data", "validation_data", "test_data")
 
 
 def identity_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes two runs the same: the configuration, and the bytes of the data files."""
+    """What makes two runs the same: the configuration, and the bytes of the data files. A folder may be moved."""
     hashes = {name: sha256(Path(path)) for name in _DATA if (path := settings[name]) and Path(path).is_file()}
-    return {"settings": dict(settings), "data_sha256": hashes}
+    return {"settings": {name: value for name, value in settings.items() if name != "out"}, "data_sha256": hashes}
 
 
 def require_same_run(out: Path, identity: Mapping[str, Any]) -> None:

@@ -69,6 +69,23 @@ def command(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture(scope="session")
+def trained(bert, rows_csv, tmp_path_factory):
+    """The folder of a finished `lightsft train` run with LoRA; nothing may change it."""
+    from lightsft.config import SingleConfig, build
+    from lightsft.training.single import train
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(build(SingleConfig, single(bert, rows_csv, out)), say=lambda text: None)
+    return out
+
+
+def single(model, data, out):
+    """The configuration of `trained`."""
+    values = {"model": str(model), "data": str(data), "out": str(out), "strategy": "lora(rank=2)", "epochs": 1}
+    return {**values, "max_train_examples": 32, "dtype": "float32", "learning_rate": 0.01}
+
+
 def flags(**values):
     """`learning_rate=1e-3` as `--learning-rate 1e-3`; None leaves the flag out."""
     given = {f"--{name.replace('_', '-')}": str(value) for name, value in values.items() if value is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     name="lightsft",
     help="Compare fine-tuning strategies on any Transformer, train one, ship a verified merged checkpoint.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain two columns: boxes leave the descriptions 20 characters on a narrow terminal
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -42,6 +44,7 @@ def main() -> None:
     """Run the command line. Exit code 0: done; 1: some trials failed; 2: bad input; 130: interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports an optional kernel package on import
     try:
         app()
     except LightsftError as error:

@@ -140,12 +140,12 @@ class _Run:
         }
         mergeable = [row["strategy"] for row in self.results["summary"] if row["mergeable"]]
         if not mergeable:
-            return winner | {"note": "no strategy of this run can be merged; ship the adapter folder"}, None
+            return winner | {"note": "No strategy of this run can be merged: ship the adapter folder."}, None
         merged = self._best_trial(mergeable[0])
         certificate = self._merge(merged)
         winner |= {"merged": "merged", "merged_strategy": merged["strategy"], "merged_seed": merged["seed"]}
         if merged["strategy"] == best["strategy"]:
-            return winner | {"note": "the winner, merged"}, certificate
+            return winner | {"note": "merged/ holds the winner."}, certificate
         note = f"{best['strategy']} cannot be merged into plain weights: ship its adapter folder. "
         return winner | {"note": note + f"merged/ holds {merged['strategy']}, the best one that merges."}, certificate
 
@@ -227,9 +227,10 @@ def _read_results(out: Path) -> Results | None:
 def _command(config: RunConfig) -> str:
     """A command line that repeats this run."""
     given = config.model_dump(mode="json", exclude_defaults=True)
-    given["strategies"] = ",".join(spec.label for spec in config.strategies)
+    given["strategies"] = [str(spec) for spec in config.strategies]
     parts = ["lightsft", "compare"]
     for key, value in given.items():
+        flag = f"--{key.replace('_', '-')}"
         text = ",".join(value) if isinstance(value, list) else str(value)
-        parts += [f"--{key.replace('_', '-')}", shlex.quote(text)]
-    return " ".join(parts)
+        parts += [flag] if value is True else [flag, text]
+    return shlex.join(parts)

@@ -57,9 +57,9 @@ class Display:
         self._progress.update(task, completed=total, total=total, note=note)
         self._progress.stop_task(task)
         if not self.console.is_terminal:
-            self.console.print(f"{name:<32} {note}", highlight=False, markup=False)
+            self.say(f"{name:<32} {note}")
         self._current = None
 
     def say(self, text: str) -> None:
         """A line of text above the bars."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -25,7 +25,7 @@ from lightsft.comparison.statistics import interval
 from lightsft.config import RunConfig, StrategySpec, build
 from lightsft.device import choose_device, choose_dtype, dtype_name
 from lightsft.export.merge import merge_folder
-from lightsft.files import write_file
+from lightsft.files import disk_errors, write_file
 from lightsft.tasks.base import Metrics
 from lightsft.training.evaluate import score_model
 from lightsft.training.run import Prepared, build_trainer, load_backbone, prepare
@@ -111,7 +111,8 @@ def trial(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     began = time.perf_counter()
-    trainer.train()
+    with disk_errors(directory):
+        trainer.train()
     seconds = time.perf_counter() - began
     peak_bytes = memory.peak_bytes()
     send({"event": "stage", "stage": "scoring"})

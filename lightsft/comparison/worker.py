@@ -91,7 +91,7 @@ class Worker:
                 raise JobDied(event["status"])
             on_event(event)
         status = process.wait()
-        self._process = None
+        self.stop()
         raise JobDied(status)
 
     def _started(self) -> subprocess.Popen[str]:

@@ -15,6 +15,7 @@ from lightsft.errors import MergeError
 from lightsft.export.certificate import CERTIFICATE, Batch, certify, logits_of, plain_logits, provenance
 from lightsft.files import new_folder, require_free, write_json
 from lightsft.injection import Injection
+from lightsft.quiet import quiet
 from lightsft.tasks.base import Task
 from lightsft.training.evaluate import batches, outcomes_of
 
@@ -52,7 +53,7 @@ def merge_folder(
         scores = {"metric": task.metric, "examples": len(rows)}
         scores["score_before"] = task.metrics(outcomes_of(backbone, task, rows, 64))[task.metric]
     model = injection.merge()
-    with new_folder(out) as folder:
+    with quiet(), new_folder(out) as folder:
         model.save_pretrained(folder)
         backbone.tokenizer.save_pretrained(folder)
         merged = plain_logits(folder, name, compared)

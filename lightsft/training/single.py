@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from transformers.trainer_utils import get_last_checkpoint
+from pathlib import Path
 
 from lightsft import artifact, registry
 from lightsft.config import SingleConfig
 from lightsft.errors import OutputError
-from lightsft.files import write_json
+from lightsft.files import disk_errors, read_json, write_json
 from lightsft.runs import identity_of, require_same_run
 from lightsft.tasks.base import Metrics
 from lightsft.training.run import build_trainer, load_backbone, prepare
@@ -53,16 +52,31 @@ def train(config: SingleConfig, say: Callable[[str], None] = print) -> Trained:
         resumable=True,
         show_progress=True,
     )
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = _last_checkpoint(checkpoints)
     if last is not None:
         say(f"continuing from {last}")
     write_json(config.out / "run.json", identity_of(config.model_dump(mode="json")))
-    trainer.train(resume_from_checkpoint=last)
+    with disk_errors(checkpoints):
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     validation, _ = trainer.score(prepared.splits.validation)
     test, _ = trainer.score(prepared.splits.test)
     artifact.save(injection, config.out, task=prepared.task.describe())
     write_json(config.out / "scores.json", {"validation": validation, "test": test})
     return Trained(validation, test)
+
+
+def _last_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: the trainer's state comes last."""
+    complete = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        read_json(path)
+    except OutputError:
+        return False
+    return True
 
 
 def _require_unfinished(config: SingleConfig) -> None:

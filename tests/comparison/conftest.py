@@ -1,1 +1,53 @@
+import json
+
+import pytest
+
+from lightsft.comparison import compare as comparing
+from lightsft.comparison import jobs
+from lightsft.comparison.worker import JobFailed
+from lightsft.errors import LightsftError
+from tests.comparison import strangers
 from tests.run_fixtures import *  # noqa: F403  fixtures for the tests of this folder
+
+
+class InProcess:
+    """A worker that runs jobs here: what they take and give still passes through JSON."""
+
+    def __init__(self):
+        self.ran = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def run(self, job, arguments, log, on_event):
+        self.ran.append((job, arguments.get("spec", {}).get("label"), arguments.get("seed")))
+        try:
+            result = getattr(jobs, job)(json.loads(json.dumps(arguments)), on_event)
+        except LightsftError:
+            raise
+        except Exception as error:
+            raise JobFailed(str(error)) from error
+        return json.loads(json.dumps(result))
+
+    def trials(self):
+        """(strategy, seed) of every trial that was run."""
+        return [(label, seed) for job, label, seed in self.ran if job == "trial"]
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """Comparisons of this test run their jobs in this process."""
+    here = InProcess()
+    monkeypatch.setattr(comparing, "Worker", lambda: here)
+    return here
+
+
+@pytest.fixture
+def stranger_path(tmp_path, monkeypatch):
+    """Processes started by this test know the strategies of `strangers`."""
+    path = strangers.install(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", path)
+    return path
