@@ -55,6 +55,11 @@ class StrategySpec(BaseModel):
         options = dict(_option(part, text) for part in split_list(match[2] or ""))
         return cls._from_mapping({"name": match[1], "label": re.sub(r"\s+", "", text), **options})
 
+    @property
+    def folder(self) -> str:
+        """The label as a part of a file name."""
+        return re.sub(r"[^A-Za-z0-9_.=-]+", "_", self.label).strip("_")
+
     def __str__(self) -> str:
         """The text that `parse` reads as this."""
         own = {"label": self.label, "learning_rate": self.learning_rate}
@@ -217,12 +222,14 @@ def build(kind: type[Config], values: Mapping[str, Any]) -> Config:
             expected=f"the keys {', '.join(kind.model_fields)}",
             todo="correct them in the file, or with --set key=value",
         ) from error
-    labels = [spec.label for spec in getattr(config, "strategies", ())]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise ConfigurationError(
-            f"the strategy {twice[0]!r} is listed twice", expected="each strategy once, or a label"
-        )
+    folders = [spec.folder.lower() for spec in getattr(config, "strategies", ())]
+    for number, spec in enumerate(getattr(config, "strategies", ())):
+        if spec.folder.lower() in folders[:number]:
+            raise ConfigurationError(
+                f"the strategy {spec.label!r} is listed twice",
+                expected="each strategy once",
+                todo="give one of them another label: lora(rank=16, label=wide)",
+            )
     return config
 
 

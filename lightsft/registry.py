@@ -67,7 +67,12 @@ def strategy(name: str, **options: Any) -> Strategy:
             expected=f"options of {name}: {', '.join(known) or 'none'}",
             todo=f"did you mean {near[0]!r}?" if near else "see `lightsft strategies`",
         )
-    return kind(**options)
+    return kind(**{name: _hashable(value) for name, value in options.items()})
+
+
+def _hashable(value: Any) -> Any:
+    """JSON and YAML have lists where a frozen dataclass wants tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def name_of(strategy: Strategy) -> str:

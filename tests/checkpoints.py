@@ -123,11 +123,24 @@ def chat_tokenizer():
 
 
 def save_bert(folder, *, dtype=torch.float32, seed=0, **options):
-    """A base BERT without a task head, and its tokenizer."""
+    """A base BERT without a task head, and its tokenizer. It has read a few texts: good and bad differ in it."""
     torch.manual_seed(seed)
     tokenizer = wordpiece_tokenizer()
     config = transformers.BertConfig(**{**_SIZES, "vocab_size": len(tokenizer), "pad_token_id": 0, **options})
-    return _save(transformers.BertModel(config), tokenizer, folder, dtype)
+    model = transformers.BertForSequenceClassification(config)
+    _pretrain(model, tokenizer)
+    return _save(model.bert, tokenizer, folder, dtype)
+
+
+def _pretrain(model, tokenizer, steps=60):
+    rows = labelled_rows(32 * steps, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(steps):
+        part = rows[32 * step : 32 * (step + 1)]
+        batch = tokenizer([row["text"] for row in part], padding=True, return_tensors="pt")
+        optimizer.zero_grad()
+        model(**batch, labels=torch.tensor([LABELS.index(row["label"]) for row in part])).loss.backward()
+        optimizer.step()
 
 
 def save_llama(folder, *, dtype=torch.float32, seed=0, **options):

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from lightsft_adapters import Full, LoRA
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lightsft
 from lightsft import Backbone, artifact
 from lightsft.errors import ArtifactError, BackboneError, ConfigurationError, LightsftError, OutputError
+from lightsft_adapters import Full, LoRA
 from tests.tiny_models import logits, randomise, tiny
 
 TENSORS, SETTINGS = "adapter_model.safetensors", "lightsft.json"

@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from lightsft_adapters import Adapter, Full, LoRA, Prefix
 
 import lightsft
 from lightsft import Backbone, Injection
 from lightsft.errors import ConfigurationError, InjectionError, MergeError, TargetError
 from lightsft.injection import injecting
+from lightsft_adapters import Adapter, Full, LoRA, Prefix
 from tests.tiny_models import (
     batch,
     furthest,
@@ -263,6 +263,12 @@ def test_what_is_drawn_for_a_module_does_not_depend_on_the_others():
     assert same(few, {key: many[key] for key in few})
 
 
+def test_every_module_draws_values_of_its_own():
+    tensors = LoRA(targets=["k_proj", "v_proj"]).inject(Backbone(tiny("llama"))).tensors()
+    drawn = [tensor for key, tensor in tensors.items() if "lora_A" in key]
+    assert len(drawn) == len({tensor.numpy().tobytes() for tensor in drawn}) == 4
+
+
 # ---- copies
 
 
@@ -270,6 +276,7 @@ def test_what_is_drawn_for_a_module_does_not_depend_on_the_others():
 def test_a_deep_copy_computes_alone(strategy, model):
     injection = randomise(strategy.inject(Backbone(model)))
     trained = logits(model)
+    model(**batch(model)).loss.backward()  # nothing of the graph may stay behind: it cannot be copied
     twin = copy.deepcopy(injection)
     assert torch.equal(logits(twin.model), trained)
     randomise(twin, seed=1)

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightsft_adapters import Full, LoRA
 from torch import nn
 
 from lightsft import Backbone, injecting
 from lightsft.errors import InjectionError
 from lightsft.primitives import Side
+from lightsft_adapters import Full, LoRA
 from tests.tiny_models import batch, logits, tiny
 
 QUERY = "bert.encoder.layer.0.attention.self.query"

@@ -1,11 +1,11 @@
 from importlib.metadata import EntryPoint
 
 import pytest
-from lightsft_adapters import Adapter, Full, LoRA, Prefix
 
 import lightsft
 from lightsft import registry
 from lightsft.errors import ConfigurationError
+from lightsft_adapters import Adapter, Full, LoRA, Prefix
 
 
 @pytest.fixture

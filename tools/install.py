@@ -51,7 +51,11 @@ def fingerprint() -> str:
 
 def refuse_accidental_cuda() -> None:
     """Stop before a CUDA build of torch is downloaded onto a machine that has no NVIDIA driver."""
-    if os.environ.get("LIGHTSFT_ALLOW_CUDA") == "1" or shutil.which("nvidia-smi") or not sys.platform.startswith("linux"):
+    if (
+        os.environ.get("LIGHTSFT_ALLOW_CUDA") == "1"
+        or shutil.which("nvidia-smi")
+        or not sys.platform.startswith("linux")
+    ):
         return
     plan = pip("install", "--dry-run", "--no-deps", "--report", "-", "-c", str(CONSTRAINTS), "torch", capture=True)
     for item in json.loads(plan)["install"]:

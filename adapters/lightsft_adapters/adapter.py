@@ -51,7 +51,7 @@ class Adapter:
     layer_norm_after: bool = False
     layers: Sequence[int] | None = None
 
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
 
     def __post_init__(self) -> None:
         above("reduction_factor", self.reduction_factor, 0)

@@ -60,7 +60,7 @@ class LoRA:
     lora_plus_ratio: float = 1.0
     modules_to_save: Sequence[str] = ()
 
-    learning_rate: ClassVar[float] = 5e-4
+    learning_rate: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *self.rank_pattern.values()):

@@ -47,7 +47,7 @@ class Prefix:
     dropout: float = 0.0
     layers: Sequence[int] | None = None
 
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 2e-2
 
     def __post_init__(self) -> None:
         at_least("num_virtual_tokens", self.num_virtual_tokens, 1)

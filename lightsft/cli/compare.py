@@ -25,12 +25,16 @@ def command(config: RunConfig) -> None:
 def run_comparison(config: RunConfig, command_line: str) -> None:
     """Compare with a live display; print where things are; exit 1 if a trial failed, 130 if interrupted."""
     from lightsft.comparison.compare import Interrupted, compare
+    from lightsft.comparison.worker import JobDied, JobFailed
 
     try:
         results = compare(config, command=command_line)
     except Interrupted as interruption:
         typer.echo(f"\n{interruption}\nRun the same command again to continue.", err=True)
         raise typer.Exit(130) from None
+    except (JobDied, JobFailed) as error:  # outside of a trial: a bug, or too little memory for the model
+        typer.echo(f"\n{error}\nFinished trials are kept in {config.out}, where the logs are too.", err=True)
+        raise typer.Exit(1) from None
     failed = [trial for trial in results["trials"] if trial["status"] == "failed"]
     winner = results["winner"]
     if winner:

@@ -9,7 +9,6 @@ OUT/report.md, .html
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 import tempfile
@@ -96,7 +95,7 @@ class _Run:
     def trials(self) -> None:
         """Every strategy with every seed that is not finished yet."""
         for spec, seed in self._pending():
-            name = trial_name(spec.label, seed)
+            name = f"{spec.folder}-seed{seed}"
             directory = self.config.out / "trials" / name
             shutil.rmtree(directory, ignore_errors=True)
             self.display.begin(f"{spec.label} seed {seed}")
@@ -207,11 +206,6 @@ class _Run:
 
     def _write(self) -> None:
         write_json(self.config.out / "results.json", self.results)
-
-
-def trial_name(label: str, seed: int) -> str:
-    """The folder of a trial."""
-    return f"{re.sub(r'[^A-Za-z0-9_.=-]+', '_', label).strip('_')}-seed{seed}"
 
 
 def _read_results(out: Path) -> Results | None:

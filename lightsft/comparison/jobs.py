@@ -109,7 +109,6 @@ def trial(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
         resumable=False,
         callbacks=[_Reporter(send)],
     )
-    trainer.remove_callback(transformers.PrinterCallback)
     began = time.perf_counter()
     with disk_errors(directory):
         trainer.train()

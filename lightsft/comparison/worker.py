@@ -95,7 +95,9 @@ class Worker:
         raise JobDied(status)
 
     def _started(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None:
+            self.stop()
+        if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "lightsft.comparison.worker"],
                 stdin=subprocess.PIPE,

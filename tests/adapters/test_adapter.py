@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from lightsft_adapters import Adapter
-from lightsft_adapters.adapter import NON_LINEARITIES
 from safetensors import safe_open
 from torch import nn
 
 from lightsft import Backbone
 from lightsft.errors import ConfigurationError, TargetError
+from lightsft_adapters import Adapter
+from lightsft_adapters.adapter import NON_LINEARITIES
 from tests.tiny_models import batch, logits, off, randomise, tiny
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "adapterhub.safetensors"

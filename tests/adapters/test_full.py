@@ -3,12 +3,12 @@ import json
 
 import pytest
 import torch
-from lightsft_adapters import Full
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lightsft
 from lightsft import Backbone
 from lightsft.errors import ConfigurationError, TargetError
+from lightsft_adapters import Full
 from tests.tiny_models import batch, gradients, logits, off, randomise, tiny
 
 

@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from lightsft_adapters import LoRA
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
 
 import lightsft
 from lightsft import Backbone
 from lightsft.errors import ArtifactError
+from lightsft_adapters import LoRA
 from tests.adapters.peft_models import TASK_TYPES, sides
 from tests.tiny_models import logits, off, randomise, tiny
 

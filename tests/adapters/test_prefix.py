@@ -3,11 +3,11 @@ import copy
 import pytest
 import torch
 import transformers
-from lightsft_adapters import Prefix
 
 from lightsft import Backbone
 from lightsft.errors import ConfigurationError, LightsftError, TargetError
 from lightsft.primitives.attention_prefix import recorded_attention
+from lightsft_adapters import Prefix
 from tests.tiny_models import (
     PAD,
     batch,

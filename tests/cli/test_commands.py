@@ -118,7 +118,10 @@ def test_a_yaml_file_and_flags_give_the_same_configuration(configured, tmp_path)
 
 def test_strategies_in_a_yaml_file_may_be_mappings(configured, tmp_path):
     file = tmp_path / "run.yaml"
-    listed = [{"name": "lora", "rank": 16}, {"name": "full", "targets": "head", "label": "probe", "learning_rate": "1e-2"}]
+    listed = [
+        {"name": "lora", "rank": 16},
+        {"name": "full", "targets": "head", "label": "probe", "learning_rate": "1e-2"},
+    ]
     file.write_text(yaml.safe_dump(VALUES | {"strategies": listed}))
     lora, probe = configured("compare", file).strategies
     assert (lora.label, lora.options) == ("lora", {"rank": 16})
@@ -127,7 +130,9 @@ def test_strategies_in_a_yaml_file_may_be_mappings(configured, tmp_path):
 
 def test_two_e_minus_four_in_yaml_is_a_number(configured, tmp_path):
     file = tmp_path / "run.yaml"
-    lines = "model: base\ndata: rows.csv\nout: x\nlearning_rate: 2e-4\nepochs: 1e0\nstrategy: lora(learning_rate=5e-3)\n"
+    lines = (
+        "model: base\ndata: rows.csv\nout: x\nlearning_rate: 2e-4\nepochs: 1e0\nstrategy: lora(learning_rate=5e-3)\n"
+    )
     file.write_text(lines)
     config = configured("train", file)
     assert (config.learning_rate, config.epochs, config.strategy.learning_rate) == (2e-4, 1.0, 5e-3)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from lightsft import registry
 from lightsft.comparison import compare as comparing
 from lightsft.comparison import jobs
 from lightsft.comparison.worker import JobFailed
@@ -47,7 +48,10 @@ def worker(monkeypatch):
 
 @pytest.fixture
 def stranger_path(tmp_path, monkeypatch):
-    """Processes started by this test know the strategies of `strangers`."""
+    """This test and the processes it starts know the strategies of `strangers`."""
     path = strangers.install(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", path)
-    return path
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    registry._entries.cache_clear()
+    yield path
+    registry._entries.cache_clear()
