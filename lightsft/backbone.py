@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -222,7 +223,7 @@ def _loading(path_or_id: str) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BackboneError(
             f"cannot load a model from {path_or_id!r}: {str(error).strip().splitlines()[0]}",
             expected="a transformers checkpoint folder, a GGUF file, or a hub id that can be reached",

@@ -84,9 +84,17 @@ def _option(text: str, whole: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigurationError(f"cannot read {text!r} in {whole!r}", expected="options as key=value")
-    return key.strip(), _number(yaml.safe_load(value)) if re.match(r"^[\d.+-]", value.strip()) else yaml.safe_load(
-        value
-    )
+    return key.strip(), _yaml_value(value, whole)
+
+
+def _yaml_value(text: str, whole: str) -> Any:
+    """What YAML reads, and numbers such as 2e-4 besides."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"cannot read {whole!r}: {reason}", expected="a value in YAML") from error
+    return _number(value) if re.match(r"^[\d.+-]", text.strip()) else value
 
 
 def split_list(text: str) -> list[str]:
@@ -268,7 +276,14 @@ def with_settings(values: Mapping[str, Any], settings: Sequence[str]) -> dict[st
         *parents, last = path.split(".")
         place = result
         for parent in parents:
-            place[parent] = dict(place.get(parent) or {})
+            inner = place.get(parent) or {}
+            if not isinstance(inner, Mapping):
+                raise ConfigurationError(
+                    f"cannot set {path}: {parent} is {inner!r}",
+                    expected=f"a mapping under {parent}",
+                    todo=f"write it as a mapping in the file, or set {parent} whole",
+                )
+            place[parent] = dict(inner)
             place = place[parent]
-        place[last] = yaml.safe_load(text)
+        place[last] = _yaml_value(text, setting)
     return result

@@ -67,7 +67,14 @@ def strategy(name: str, **options: Any) -> Strategy:
             expected=f"options of {name}: {', '.join(known) or 'none'}",
             todo=f"did you mean {near[0]!r}?" if near else "see `lightsft strategies`",
         )
-    return kind(**{name: _hashable(value) for name, value in options.items()})
+    try:
+        return kind(**{option: _hashable(value) for option, value in options.items()})
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{name} cannot take {', '.join(f'{option}={value!r}' for option, value in options.items())}: {error}",
+            expected="values of the options' own types",
+            todo="see `lightsft strategies` for their defaults",
+        ) from error
 
 
 def _hashable(value: Any) -> Any:

@@ -83,10 +83,10 @@ def chat_rows(number=80, seed=0):
     return [{"prompt": " ".join(words), "completion": f"we said {words[-1]}"} for words in questions]
 
 
-def write_csv(path, rows):
-    """The rows as a csv file with a header."""
+def write_csv(path, rows, separator=","):
+    """The rows as a file of separated fields with a header."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=separator)
         writer.writeheader()
         writer.writerows(rows)
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -67,12 +66,15 @@ def _read_file(path: Path, encoding: str) -> list[Row]:
 
 
 def _read_separated(path: Path, encoding: str, separator: str) -> list[Row]:
-    """Strict: every row has the header's number of fields, a quote that is opened is closed; blank lines are skipped."""
-    limit = csv.field_size_limit(sys.maxsize)  # texts may be long
+    """Strict: each row has the header's number of fields, quotes are closed. Blank lines are skipped."""
+    limit = csv.field_size_limit(2**31 - 1)  # texts may be long
     try:
         lines = csv.reader(StringIO(_decoded(path, encoding), newline=""), delimiter=separator, strict=True)
         header = next(lines, [])
-        rows = []
+        rows: list[Row] = []
+        twice = sorted({name for name in header if header.count(name) > 1})
+        if twice:
+            raise csv.Error(f"the header names {', '.join(map(repr, twice))} twice")
         for fields in lines:
             if len(fields) not in (0, len(header)):
                 raise csv.Error(f"{len(fields)} fields instead of {len(header)}")
@@ -112,7 +114,7 @@ def _read_json(path: Path, encoding: str) -> list[Row]:
         if not isinstance(rows, list):
             raise DataError(f"{path} holds a JSON {type(rows).__name__}", expected="a list of objects")
     else:
-        rows = [_parse(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        rows = [_parse(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataError(

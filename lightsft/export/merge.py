@@ -55,6 +55,7 @@ def merge_folder(
     model = injection.merge()
     with quiet(), new_folder(out) as folder:
         model.save_pretrained(folder)
+        _keep_length(backbone, adapter)
         backbone.tokenizer.save_pretrained(folder)
         merged = plain_logits(folder, name, compared)
         half = backbone.stored_dtype != torch.float32
@@ -71,6 +72,13 @@ def merge_folder(
             )
         write_json(folder / CERTIFICATE, certificate)
     return certificate
+
+
+def _keep_length(backbone: Backbone, adapter: Path) -> None:
+    """A classifier's checkpoint cuts texts where its training did: the length travels with the tokenizer."""
+    settings = (artifact.read_settings(adapter) or {}).get("task") or {}
+    if settings.get("max_length") and backbone.head:
+        backbone.tokenizer.model_max_length = settings["max_length"]
 
 
 def _cannot_merge(injection: Injection, adapter: Path) -> MergeError:

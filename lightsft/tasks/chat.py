@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from lightsft.data.batching import IGNORED, pad_features
@@ -26,8 +27,9 @@ class Chat(Task):
     """Next-token cross-entropy on what the assistant says; the score is the loss per token.
 
     Rows hold `messages` (role, content), `conversations` (from, value), or a pair of columns: prompt and completion,
-    instruction (with input) and output, question and answer. The tokenizer's chat template renders them. max_length:
-    in tokens; longer conversations are cut at the end.
+    instruction (with input) and output, question and answer. The tokenizer's chat template renders them. What the
+    assistant says before anybody has spoken is context: no prompt leads to it. max_length: in tokens; longer
+    conversations are cut at the end, as is what exceeds the tokenizer's own limit.
     """
 
     max_length: int = 512
@@ -52,10 +54,10 @@ class Chat(Task):
                 messages = messages_of(row)
             except DataError as error:
                 raise DataError(f"{source}: row {number}: {error.found}", expected=error.expected) from error
-            if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+            if not any(m["role"] == "assistant" and m["content"].strip() for m in messages[1:]):
                 raise DataError(
                     f"{source}: row {number} has no answer of the assistant",
-                    expected="at least one non-empty assistant message",
+                    expected="at least one non-empty assistant message after the first message",
                     todo="remove the row",
                 )
 
@@ -96,7 +98,7 @@ class Chat(Task):
         """The rendered text in pieces, each with whether the assistant says it (its end-of-turn mark included)."""
         messages, pieces, done = messages_of(row), [], ""
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or index == 0:
                 continue
             opening = self.render(messages[:index], tokenizer, prompt=True)
             whole = self.render(messages[: index + 1], tokenizer)
@@ -118,9 +120,17 @@ class Chat(Task):
                 expected="a model made for chat",
                 todo="pass a Jinja template with --chat-template",
             )
-        rendered: str = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=self.chat_template
-        )
+        try:
+            rendered: str = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=self.chat_template
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(
+                f"the chat template does not render a conversation of {roles}: {error}",
+                expected="a Jinja template that takes these roles in this order",
+                todo="correct the rows, or pass another template with --chat-template",
+            ) from error
         return rendered
 
     def collate(self, features: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
@@ -170,13 +180,13 @@ def messages_of(row: Row) -> list[Message]:
         return [_message(m, "from", "value") for m in row["conversations"]]
     for asks, answers in PAIRS:
         if asks in row and answers in row:
-            extra = str(row.get("input") or "")
-            question = str(row[asks]) + (f"\n\n{extra}" if extra else "")
+            extra = _text(row.get("input"))
+            question = _text(row[asks]) + (f"\n\n{extra}" if extra else "")
             opening = [{"role": "system", "content": str(row["system"])}] if row.get("system") else []
             return [
                 *opening,
                 {"role": "user", "content": question},
-                {"role": "assistant", "content": str(row[answers])},
+                {"role": "assistant", "content": _text(row[answers])},
             ]
     raise DataError(
         f"no conversation in the columns {', '.join(map(repr, row))}",
@@ -186,12 +196,17 @@ def messages_of(row: Row) -> list[Message]:
 
 def _message(message: Any, role: str, content: str) -> Message:
     known = ROLES.get(str(message.get(role))) if isinstance(message, dict) else None
-    if known is None or content not in message:
+    if known is None or not isinstance(message.get(content, 0), str | None):
         raise DataError(
             f"a message is {str(message)[:80]!r}",
-            expected=f"{role!r} (one of {', '.join(ROLES)}) and {content!r}",
+            expected=f"{role!r} (one of {', '.join(ROLES)}) and a text as {content!r}",
         )
-    return {"role": known, "content": str(message[content])}
+    return {"role": known, "content": _text(message[content])}
+
+
+def _text(value: Any) -> str:
+    """A cell as text; data sets store what is missing as None."""
+    return "" if value is None else str(value)
 
 
 def _spans(pieces: Sequence[tuple[str, bool]]) -> list[tuple[int, int]]:

@@ -28,12 +28,17 @@ def score_model(backbone: Backbone, task: Task, rows: Sequence[Row], batch_size:
 
 
 def outcomes_of(backbone: Backbone, task: Task, rows: Sequence[Row], batch_size: int) -> np.ndarray[Any, Any]:
-    """(rows, width): what happened for each row."""
+    """(rows, width): what happened for each row, in their order."""
+    features = task.encode(rows, backbone.tokenizer)
+    order = sorted(range(len(features)), key=lambda index: len(features[index]["input_ids"]))
     found = []
     with torch.no_grad(), evaluating(backbone.model):
-        for batch in batches(task, rows, backbone.tokenizer, batch_size):
+        for first in range(0, len(order), batch_size):
+            batch = task.collate([features[i] for i in order[first : first + batch_size]], backbone.tokenizer)
             labels = batch.pop("labels").to(backbone.model.device)
             outputs = backbone.model(**{name: value.to(backbone.model.device) for name, value in batch.items()})
             found.append(task.outcomes(outputs.logits, labels).cpu())
-    array: np.ndarray[Any, Any] = torch.cat(found).numpy()
+    outcomes = torch.cat(found)
+    outcomes[torch.tensor(order)] = outcomes.clone()
+    array: np.ndarray[Any, Any] = outcomes.numpy()
     return array

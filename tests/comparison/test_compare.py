@@ -231,6 +231,32 @@ def test_an_interruption_keeps_finished_trials(bert, rows_csv, tmp_path, worker)
 # ---- who wins
 
 
+VALIDATION = {"full": (0.95, 0.5), "lora(rank=4)": (0.6, 0.9), "probe": (0.7, 0.7), "adapter": (0.1, 0.2)}
+
+
+@pytest.mark.parametrize(
+    ("greater_is_better", "winner", "merged"),
+    [(True, ("lora(rank=4)", 1), ("lora(rank=4)", 1)), (False, ("adapter", 0), ("probe", 0))],
+)
+def test_the_winner_is_chosen_on_validation_alone(again, monkeypatch, greater_is_better, winner, merged):
+    def change(results):
+        results["greater_is_better"] = greater_is_better
+        for trial in results["trials"]:
+            score = VALIDATION[trial["strategy"]][trial["seed"]]
+            trial["validation"]["accuracy"], trial["test"]["accuracy"] = score, 1 - score
+
+    asked = []
+    monkeypatch.setattr(
+        "lightsft.comparison.compare._Run._merge", lambda self, trial: asked.append((trial["strategy"], trial["seed"]))
+    )
+    _, results = again(change)
+    assert (results["winner"]["strategy"], results["winner"]["seed"]) == winner
+    assert (results["winner"]["merged_strategy"], results["winner"]["merged_seed"]) == merged
+    assert asked == [merged]
+    means = {label: np.mean(scores) for label, scores in VALIDATION.items()}
+    assert [row["strategy"] for row in results["summary"]] == sorted(means, key=means.get, reverse=greater_is_better)
+
+
 def test_a_winner_that_cannot_be_merged_is_exported_and_the_best_mergeable_merged(bert, rows_csv, tmp_path, worker):
     idle = {"name": "lora", "learning_rate": 1e-9}
     out = tmp_path / "out"

@@ -1,5 +1,7 @@
 """One trainer for every strategy: a transformers.Trainer that trains, saves and resumes the injection alone."""
 
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
@@ -18,6 +20,11 @@ ROWS = labelled_rows(96)
 TASK = lightsft.task("classification", labels=LABELS)
 
 
+def short(strategy):
+    """A name for a test's id."""
+    return "probe" if strategy == Full(targets="head") else type(strategy).__name__.lower()
+
+
 @pytest.fixture
 def make(bert, tmp_path):
     """A trainer for a strategy on the tiny BERT; further arguments go to TrainingArguments."""
@@ -32,7 +39,7 @@ def make(bert, tmp_path):
             strategy.inject(backbone, seed=seed),
             task,
             train=rows,
-            validation=rows[:32],
+            validation=list(rows)[:32],
             args=TrainingArguments(str(tmp_path / "checkpoints"), **values),
             callbacks=list(callbacks),
         )
@@ -75,7 +82,7 @@ class Batches(TrainerCallback):
 # ---- training
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=short)
 def test_every_strategy_learns(make, strategy):
     trainer = make(strategy)
     assert isinstance(trainer, transformers.Trainer)
@@ -86,7 +93,7 @@ def test_every_strategy_learns(make, strategy):
     assert logged[-1] < logged[0]
 
 
-@pytest.mark.parametrize("strategy", FROZEN, ids=str)
+@pytest.mark.parametrize("strategy", FROZEN, ids=short)
 def test_only_what_was_injected_changes(make, strategy):
     trainer = make(strategy)
     model, injection = trainer.injection.model, trainer.injection
@@ -130,15 +137,14 @@ def test_every_strategy_sees_the_same_batches_in_the_same_order(make):
     assert seen[0][:6] != seen[0][6:12]
 
 
-@pytest.mark.parametrize("strategy", [LoRA(rank=4), Full()], ids=str)
-def test_accumulated_gradients_are_those_of_the_big_batch(make, strategy):
-    options = {"max_steps": 4, "eval_strategy": "no", "max_grad_norm": 0.0, "optim": "sgd"}
-    model_options = {"rows": labelled_rows(64)}
+@pytest.mark.parametrize("task", [TASK, lightsft.task("chat")], ids=lambda task: task.name)
+@pytest.mark.parametrize("strategy", [LoRA(rank=4), Full()], ids=short)
+def test_accumulated_gradients_are_those_of_the_big_batch(make, llama, strategy, task):
+    options = {"max_steps": 4, "eval_strategy": "no", "max_grad_norm": 0.0, "optim": "sgd", "task": task}
+    options |= {"rows": labelled_rows(64)} if task is TASK else {"rows": chat_rows(64), "model": llama}
     finals = []
     for size, steps in ((16, 1), (4, 4)):
-        trainer = make(
-            strategy, per_device_train_batch_size=size, gradient_accumulation_steps=steps, **options, **model_options
-        )
+        trainer = make(strategy, per_device_train_batch_size=size, gradient_accumulation_steps=steps, **options)
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -149,11 +155,13 @@ def test_accumulated_gradients_are_those_of_the_big_batch(make, strategy):
         torch.testing.assert_close(accumulated[name], big[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=short)
 def test_gradient_checkpointing_trains_to_the_same_tensors(make, strategy):
     finals = []
     for checkpointing in (False, True):
-        trainer = make(strategy, max_steps=4, eval_strategy="no", gradient_checkpointing=checkpointing)
+        trainer = make(strategy, max_steps=4, eval_strategy="no")
+        if checkpointing:
+            trainer.model.gradient_checkpointing_enable()
         finals.append(trained(trainer))
     for name in finals[0]:
         torch.testing.assert_close(finals[1][name], finals[0][name], rtol=1e-4, atol=1e-5)
@@ -173,8 +181,7 @@ def test_training_in_bfloat16_keeps_float32_masters(make):
         assert computed == {torch.bfloat16}, strategy
         assert {p.dtype for p in trainer.injection.parameters()} == {torch.float32}, strategy
         assert {tensor.dtype for tensor in trainer.injection.tensors().values()} <= {torch.float32, torch.bfloat16}
-        states = [state for state in trainer.optimizer.state.values()]
-        assert {value["exp_avg"].dtype for value in states} == {torch.float32}
+        assert {state["exp_avg"].dtype for state in trainer.optimizer.state.values()} == {torch.float32}
 
 
 # ---- the optimizer
@@ -187,7 +194,7 @@ def test_lora_plus_gives_b_a_higher_rate_throughout_the_schedule(make):
         def on_step_end(self, args, state, control, optimizer=None, **_):
             rates.append(sorted({group["lr"] for group in optimizer.param_groups if group["params"]}))
 
-    trainer = make(LoRA(rank=4, learning_rate_ratio=16.0), callbacks=[Rates()], warmup_steps=4, eval_strategy="no")
+    trainer = make(LoRA(rank=4, lora_plus_ratio=16.0), callbacks=[Rates()], warmup_steps=4, eval_strategy="no")
     trainer.train()
     named = trainer.injection.named_parameters()
     faster = {id(p) for group in trainer.optimizer.param_groups for p in group["params"] if group["initial_lr"] > 0.01}
@@ -233,20 +240,14 @@ def test_the_best_checkpoint_is_kept_at_the_end(make):
     trainer.train()
     found = losses(trainer)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-5)
-    saved = artifact.read_tensors(trainer.state.best_model_checkpoint and _path(trainer.state.best_model_checkpoint))
+    saved = artifact.read_tensors(Path(trainer.state.best_model_checkpoint))
     assert equal(saved, dict(trainer.injection.tensors()))
-
-
-def _path(text):
-    from pathlib import Path
-
-    return Path(text)
 
 
 def test_a_checkpoint_is_an_adapter_folder(make, bert):
     trainer = make(LoRA(rank=4), save_strategy="epoch")
     trainer.train()
-    (folder,) = _path(trainer.args.output_dir).glob("checkpoint-18")
+    (folder,) = Path(trainer.args.output_dir).glob("checkpoint-18")
     injection = lightsft.load(folder, Backbone.load(bert, labels=LABELS, dtype="float32", device="cpu"))
     assert equal(dict(injection.tensors()), dict(trainer.injection.tensors()))
 
