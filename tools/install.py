@@ -37,7 +37,8 @@ def main(purpose: str) -> None:
         venv.EnvBuilder(with_pip=True, clear=VENV.exists()).create(VENV)
     refuse_accidental_cuda()
     print(f"installing lightsft[{EXTRAS[purpose]}]", flush=True)
-    pip("install", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[{EXTRAS[purpose]}]")
+    # Without --no-compile pip compiles all of torch and transformers; most of it is never imported.
+    pip("install", "--no-compile", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[{EXTRAS[purpose]}]")
     for package in WITHOUT_DEPENDENCIES[purpose]:
         pip("install", "-c", str(CONSTRAINTS), "--no-deps", package)
     stamp.write_text(wanted)

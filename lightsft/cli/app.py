@@ -44,7 +44,7 @@ def main() -> None:
     """Run the command line. Exit code 0: done; 1: some trials failed; 2: bad input; 130: interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall each other on a busy machine
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin longer stall each other on a busy machine
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports an optional kernel package on import
     try:
         app()

@@ -103,7 +103,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},  # spinning threads stall on a busy machine
+                env={"GOMP_SPINCOUNT": "1000", **os.environ},  # threads that spin longer stall on a busy machine
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which then stops the whole group
             )
         return self._process

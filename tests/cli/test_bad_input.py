@@ -75,7 +75,6 @@ def test_a_bad_value_is_refused_before_anything_is_written(train, changes, fragm
     refused(train(**changes), *fragments)
 
 
-@pytest.mark.xfail(reason="registry.strategy passes a strategy's TypeError on", raises=TypeError)
 def test_an_option_of_the_wrong_type_is_refused(train):
     refused(train(strategy="lora(rank=big)"), "rank", "big")
 
@@ -102,7 +101,6 @@ def test_a_bad_file_is_refused_by_name(train, tmp_path, content, fragments):
     refused(train(data=tmp_path / "bad.csv"), "bad.csv", *fragments)
 
 
-@pytest.mark.xfail(reason="Backbone.load does not catch SafetensorError", raises=Exception)
 def test_a_damaged_base_is_refused(train, bert, tmp_path):
     broken = shutil.copytree(bert, tmp_path / "broken")
     weights = broken / "model.safetensors"
