@@ -15,7 +15,7 @@ test: test-quick
 
 test-quick:
 	@$(PYTHON) tools/install.py test
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 lint:
 	@$(PYTHON) tools/install.py test
