@@ -25,9 +25,18 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
+            readable(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def readable(path: Path) -> None:
+    """Give a file the permissions that any new file gets here; safetensors makes them for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    if path.is_file():
+        path.chmod(0o666 & ~mask)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,6 +62,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
+            for file in temporary.rglob("*"):
+                readable(file)
             if path.exists():
                 path.rmdir()
             os.replace(temporary, path)

@@ -3,6 +3,7 @@
 OUT/run.json           the configuration and a hash of the data: what this folder is the run of
 OUT/results.json       every figure; written after each trial, so an interrupted run continues from it
 OUT/trials/NAME/       adapter, outcomes.npy, log.txt of each trial
+OUT/logs/              of the summary and the merge
 OUT/merged/            the winner as a plain checkpoint, with certificate.json
 OUT/report.md, .html
 """
@@ -107,7 +108,7 @@ class _Run:
             }
             arguments = {"spec": spec.model_dump(mode="json"), "seed": seed, "directory": str(directory)}
             try:
-                record |= {"status": "finished", **self._job("trial", arguments, f"trials/{name}")}
+                record |= {"status": "finished", **self._job("trial", arguments, directory / "log.txt")}
                 self.display.end(f"{self._metric} {record['test'][self._metric]:.4f} in {record['seconds']:.0f} s")
             except (LightsftError, JobDied, JobFailed) as error:
                 record |= {"status": "failed", "error": str(error), "adapter": None}
@@ -120,7 +121,7 @@ class _Run:
 
         self.display.begin("summary")
         arguments = {"results": self.results, "directory": str(self.config.out)}
-        self.results["summary"] = self._job("summarise", arguments, "summary")
+        self.results["summary"] = self._job("summarise", arguments, self.config.out / "logs" / "summary.txt")
         self.display.end(f"{len(self.results['summary'])} strategies")
         self.results["winner"], self.results["certificate"] = self._crown()
         self._write()
@@ -158,7 +159,9 @@ class _Run:
                 return found
             shutil.rmtree(out)
         self.display.begin(f"merging {trial['strategy']}")
-        made: dict[str, Any] = self._job("merge", {"adapter": str(adapter), "out": str(out)}, "merge")
+        made: dict[str, Any] = self._job(
+            "merge", {"adapter": str(adapter), "out": str(out)}, self.config.out / "logs" / "merge.txt"
+        )
         self.display.end(f"largest logit difference {made['largest_logit_difference']:.1e}")
         return made
 
@@ -168,9 +171,9 @@ class _Run:
     def _metric(self) -> str:
         return str(self.results["metric"])
 
-    def _job(self, name: str, arguments: dict[str, Any], log: str) -> Any:
+    def _job(self, name: str, arguments: dict[str, Any], log: Path) -> Any:
         arguments = {"config": self.settings, **arguments}
-        return self.worker.run(name, arguments, self.config.out / log / "log.txt", self.display.event)
+        return self.worker.run(name, arguments, log, self.display.event)
 
     def _pending(self) -> Iterator[tuple[StrategySpec, int]]:
         done = {(t["strategy"], t["seed"]) for t in self.results["trials"] if t["status"] == "finished"}

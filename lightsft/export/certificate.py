@@ -23,6 +23,7 @@ from lightsft.files import sha256
 Batch = dict[str, Tensor]
 FULL_PRECISION_LIMIT = 1e-4  # of the largest logit: fp32 arithmetic in another order
 HALF_PRECISION_LIMIT = 0.25  # of the strategy's own mean effect: one rounding of the merged weights to 16 bit
+HALF_PRECISION_RELOAD = 1e-2  # of the largest logit: the same weights in another process
 CERTIFICATE = "certificate.json"
 
 
@@ -68,26 +69,33 @@ def certify(
     base: Sequence[Tensor],
     tuned: Sequence[Tensor],
     merged: Sequence[Tensor],
+    reloaded: Sequence[Tensor],
     half_precision: bool,
 ) -> dict[str, Any]:
-    """Compare logits of base, base + adapter, and the reloaded merge, at positions that the attention mask keeps."""
+    """Compare logits of base, base + adapter, the merge in memory and its reload, where the mask keeps them."""
     kept = [_kept(batch, logits) for batch, logits in zip(batches, tuned, strict=True)]
-    before, after, plain = (
-        torch.cat([logits[keep] for logits, keep in zip(group, kept, strict=True)]) for group in (tuned, merged, base)
+    before, here, after, plain = (
+        torch.cat([logits[keep] for logits, keep in zip(group, kept, strict=True)])
+        for group in (tuned, merged, reloaded, base)
     )
+    largest = max(1.0, float(before.abs().max()))
+    reload_difference = float((after - here).abs().max())
+    reload_limit = largest * (HALF_PRECISION_RELOAD if half_precision else FULL_PRECISION_LIMIT)
     difference, effect = (after - before).abs(), (before - plain).abs()
     if half_precision:
         measured, limit = float(difference.mean()), HALF_PRECISION_LIMIT * float(effect.mean())
     else:
-        measured, limit = float(difference.max()), FULL_PRECISION_LIMIT * max(1.0, float(before.abs().max()))
+        measured, limit = float(difference.max()), FULL_PRECISION_LIMIT * largest
     return {
-        "passed": measured <= limit,
+        "passed": measured <= limit and reload_difference <= reload_limit,
         "limit": limit,
         "limit_applies_to": "mean logit difference" if half_precision else "largest logit difference",
         "inputs": sum(int(batch["input_ids"].shape[0]) for batch in batches),
         "positions": int(before.shape[0]),
         "largest_logit_difference": float(difference.max()),
         "mean_logit_difference": float(difference.mean()),
+        "reload_difference": reload_difference,
+        "reload_limit": reload_limit,
         "largest_adapter_effect": float(effect.max()),
         "mean_adapter_effect": float(effect.mean()),
         "same_top_prediction": float((after.argmax(-1) == before.argmax(-1)).float().mean()),

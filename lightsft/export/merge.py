@@ -57,9 +57,16 @@ def merge_folder(
         model.save_pretrained(folder)
         _keep_length(backbone, adapter)
         backbone.tokenizer.save_pretrained(folder)
-        merged = plain_logits(folder, name, compared)
+        reloaded_logits = plain_logits(folder, name, compared)
         half = backbone.stored_dtype != torch.float32
-        certificate = certify(compared, base=plain, tuned=tuned, merged=merged, half_precision=half)
+        certificate = certify(
+            compared,
+            base=plain,
+            tuned=tuned,
+            merged=logits_of(backbone, compared),
+            reloaded=reloaded_logits,
+            half_precision=half,
+        )
         if task is not None:
             reloaded = Backbone.load(folder, task=name, dtype="checkpoint", device="cpu")
             scores["score_after"] = task.metrics(outcomes_of(reloaded, task, rows, 64))[task.metric]
@@ -78,7 +85,7 @@ def _keep_length(backbone: Backbone, adapter: Path) -> None:
     """A classifier's checkpoint cuts texts where its training did: the length travels with the tokenizer."""
     settings = (artifact.read_settings(adapter) or {}).get("task") or {}
     if settings.get("max_length") and backbone.head:
-        backbone.tokenizer.model_max_length = settings["max_length"]
+        backbone.tokenizer.model_max_length = min(backbone.tokenizer.model_max_length, settings["max_length"])
 
 
 def _cannot_merge(injection: Injection, adapter: Path) -> MergeError:
