@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from lightsft import registry
 from lightsft.backbone import Backbone, same_values
-from lightsft.errors import ArtifactError, LightsftError
+from lightsft.errors import ArtifactError, BackboneError, LightsftError
 from lightsft.files import write_file, write_json
 from lightsft.injection import Injection, Strategy
 
@@ -109,7 +109,16 @@ def load_base(directory: Path, base: str | None = None, **options: Any) -> Backb
     }
     if task.get("labels"):
         chosen["labels"] = task["labels"]
-    return Backbone.load(source, **chosen)
+    try:
+        return Backbone.load(source, **chosen)
+    except BackboneError as error:
+        if base is not None:
+            raise
+        raise ArtifactError(
+            f"the model that {directory} was trained on cannot be loaded: {error.found}",
+            expected="the backbone, where it was then",
+            todo="name where it is now: lightsft.load(directory, backbone), or --base MODEL",
+        ) from error
 
 
 def read_settings(directory: Path) -> dict[str, Any] | None:

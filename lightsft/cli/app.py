@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 
 import typer
@@ -14,6 +12,7 @@ from rich.text import Text
 from lightsft import __version__
 from lightsft.cli import compare, demo, merge, predict, strategies, train
 from lightsft.errors import LightsftError
+from lightsft.process import prepare_process
 
 app = typer.Typer(
     name="lightsft",
@@ -42,10 +41,7 @@ def _root(
 
 def main() -> None:
     """Run the command line. Exit code 0: done; 1: some trials failed; 2: bad input; 130: interrupted."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that spin longer stall each other on a busy machine
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports an optional kernel package on import
+    prepare_process()
     try:
         app()
     except LightsftError as error:

@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from lightsft import errors
 from lightsft.errors import LightsftError
+from lightsft.process import DEFAULTS, prepare_process
 
 Event = dict[str, Any]
 FORKS = sys.platform == "linux"
@@ -103,7 +104,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env={"GOMP_SPINCOUNT": "1000", **os.environ},  # threads that spin longer stall on a busy machine
+                env={**DEFAULTS, **os.environ},
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which then stops the whole group
             )
         return self._process
@@ -127,6 +128,7 @@ class Worker:
 
 def serve() -> None:
     """The worker's side: read jobs until standard input ends."""
+    prepare_process()
     import lightsft.comparison.jobs  # noqa: F401  the imports that children inherit
 
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
