@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -40,12 +41,14 @@ class StrategySpec(BaseModel):
     learning_rate: Positive | None = None
 
     @classmethod
-    def parse(cls, text: str | Mapping[str, Any] | StrategySpec) -> StrategySpec:
-        """From `lora`, `lora(rank=16, targets=attention)`, or a mapping {name, options..., label, learning_rate}."""
+    def parse(cls, text: Any) -> StrategySpec:
+        """From `lora`, `lora(rank=16)`, a mapping {name, options..., label, learning_rate}, or a strategy object."""
         if isinstance(text, StrategySpec):
             return text
         if isinstance(text, Mapping):
             return cls._from_mapping(text)
+        if not isinstance(text, str):
+            return cls._from_object(text)
         match = re.fullmatch(r"\s*([\w./-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
         if match is None:
             raise ConfigurationError(
@@ -69,6 +72,20 @@ class StrategySpec(BaseModel):
             if StrategySpec.parse(text) == self:
                 break
         return text
+
+    @classmethod
+    def _from_object(cls, strategy: Any) -> StrategySpec:
+        """Of a strategy in Python: its registered name, and the options that differ from the defaults."""
+        if not dataclasses.is_dataclass(strategy) or isinstance(strategy, type):
+            raise ConfigurationError(
+                f"{strategy!r} is not a strategy", expected="a name, a mapping, or an object such as LoRA(rank=16)"
+            )
+        from lightsft.registry import name_of
+
+        name, default = name_of(strategy), type(strategy)()  # type: ignore[arg-type]
+        options = {key: value for key, value in vars(strategy).items() if value != getattr(default, key)}
+        inside = ",".join(f"{key}={value}" for key, value in options.items())
+        return cls(name=name, options=options, label=f"{name}({inside})" if inside else name)
 
     @classmethod
     def _from_mapping(cls, mapping: Mapping[str, Any]) -> StrategySpec:
@@ -120,7 +137,18 @@ def _strategies(value: Any) -> Any:
 
 
 def _labels(value: Any) -> Any:
-    return tuple(split_list(value)) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return tuple(split_list(value))
+    if isinstance(value, list | tuple) and not any(isinstance(item, bool) for item in value):  # YAML reads yes as True
+        return tuple(str(item) for item in value)
+    return value
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+Source = Annotated[str, BeforeValidator(_text)]
 
 
 class TrainConfig(BaseModel):
@@ -128,18 +156,18 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
-    model: str
+    model: Source
     """Base model: a folder, a GGUF file or a hub id."""
     out: Path
     """Folder for everything this run writes; it must not exist yet, or hold the same run."""
     task: Literal["classification", "chat"] = "classification"
     """classification, or chat (instruction tuning)."""
 
-    data: str
+    data: Source
     """Rows: a csv, tsv, jsonl, json or parquet file, a saved data set, or a hub id."""
-    validation_data: str | None = None
+    validation_data: Source | None = None
     """Validation rows; without it they are split off by hash of the text."""
-    test_data: str | None = None
+    test_data: Source | None = None
     """Test rows; without it they are split off by hash of the text."""
     text: str = "text"
     """Column with the text."""
@@ -163,7 +191,7 @@ class TrainConfig(BaseModel):
     """Test on at most so many rows."""
     max_length: Count | None = None
     """Longest input in tokens (128 for classification, 512 for chat)."""
-    chat_template: str | None = None
+    chat_template: Source | None = None
     """File with a Jinja chat template, where the tokenizer has none."""
 
     metric: str | None = None

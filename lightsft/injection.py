@@ -75,11 +75,14 @@ class Injection:
         self.primitives.append(PlacedPrefix(self.model, name, prefix))
 
     def unfreeze(self, names: Iterable[str]) -> None:
-        """Train the backbone's parameters `names` in place."""
-        taken = {name for p in self.primitives if isinstance(p, Unfreezing) for name in p.names}
-        chosen = sorted(set(names) - taken)
+        """Train the backbone's parameters `names` in place, with those named before: there is one unfreezing."""
+        chosen = set(names)
+        for earlier in [primitive for primitive in self.primitives if isinstance(primitive, Unfreezing)]:
+            earlier.remove()
+            self.primitives.remove(earlier)
+            chosen |= set(earlier.names)
         if chosen:
-            self.primitives.append(Unfreezing(self.model, chosen, keep_outputs=self.backbone.head))
+            self.primitives.append(Unfreezing(self.model, sorted(chosen), keep_outputs=self.backbone.head))
 
     # ---- looking
 

@@ -11,7 +11,7 @@ import torch
 from lightsft import artifact
 from lightsft.backbone import Backbone
 from lightsft.dry_run import evaluating
-from lightsft.errors import BackboneError
+from lightsft.errors import BackboneError, ConfigurationError
 from lightsft.tasks.chat import Chat
 
 DEFAULT_LENGTH = 512
@@ -49,6 +49,12 @@ class Predictor:
 
     def classify(self, texts: Sequence[str], batch_size: int = 32) -> list[dict[str, Any]]:
         """{"text", "label", "probabilities": {label: p}} for each text; probabilities sum to 1."""
+        if self.settings.get("text_pair"):
+            raise ConfigurationError(
+                f"it was trained on pairs ({self.settings['text']}, {self.settings['text_pair']})",
+                expected="a model for single texts",
+                todo="load it with lightsft.load and call its model on tokenized pairs",
+            )
         rows = []
         for first in range(0, len(texts), batch_size):
             part = list(texts[first : first + batch_size])

@@ -4,6 +4,7 @@ import pytest
 
 from lightsft.config import RunConfig, SingleConfig, StrategySpec, build, split_list, with_settings
 from lightsft.errors import ConfigurationError
+from lightsft_adapters import LoRA
 
 VALUES = {"model": "base", "data": "rows.csv", "out": "runs/x", "strategies": "lora"}
 
@@ -131,3 +132,21 @@ def test_an_option_that_is_not_yaml_is_refused():
 def test_a_configuration_survives_json():
     config = build(SingleConfig, {"model": "m", "data": "d", "out": "o", "strategy": "lora(rank=4)", "labels": "a,b"})
     assert build(SingleConfig, config.model_dump(mode="json")) == config
+
+
+def test_strategy_objects_paths_and_number_labels_are_taken(tmp_path):
+    values = {"model": tmp_path / "m", "data": tmp_path / "d.csv", "out": tmp_path / "o", "labels": [0, 1]}
+    config = build(RunConfig, values | {"strategies": [LoRA(rank=4), LoRA(), "full"]})
+    assert [spec.label for spec in config.strategies] == ["lora(rank=4)", "lora", "full"]
+    assert config.strategies[0].options == {"rank": 4}
+    assert (config.data, config.labels) == (str(tmp_path / "d.csv"), ("0", "1"))
+
+
+def test_something_else_than_a_strategy_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="is not a strategy"):
+        build(RunConfig, {"model": "m", "data": "d", "out": tmp_path, "strategies": [3]})
+
+
+def test_labels_that_yaml_reads_as_booleans_are_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="labels"):
+        build(RunConfig, {"model": "m", "data": "d", "out": tmp_path, "strategies": "lora", "labels": [True, False]})

@@ -451,3 +451,15 @@ def test_training_in_bf16_gives_finite_gradients(strategy, name):
 
 def test_every_strategy_injects_the_same_class():
     assert {type(strategy.inject(Backbone(tiny("bert")))) for strategy in STRATEGIES.values()} == {Injection}
+
+
+@pytest.mark.parametrize("targets", [r".*bias", "classifier.bias"])
+def test_full_tuning_of_a_part_of_the_head_survives_disabled(targets):
+    """The rest of the head is trained with it: both are one unfreezing, put back in one piece."""
+    injection = randomise(Full(targets=targets).inject(Backbone(tiny("bert"))))
+    trained, saved = logits(injection.model), {n: t.clone() for n, t in injection.tensors().items()}
+    with injection.disabled():
+        assert torch.equal(logits(injection.model), logits(tiny("bert")))
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in injection.tensors().items())
+    assert torch.equal(logits(injection.model), trained)
+    assert torch.equal(logits(injection.eject().model), logits(tiny("bert")))

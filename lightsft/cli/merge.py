@@ -18,11 +18,14 @@ def command(
     base: Annotated[
         str | None, typer.Option(help="Base model; by default the one it was trained on.", show_default=False)
     ] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the merged weights: checkpoint (the base's own) or float32.")] = (
+        "checkpoint"
+    ),
 ) -> None:
     """Fold a trained strategy into its base: a plain transformers checkpoint, reloaded and verified."""
     from lightsft.export.merge import merge_folder
 
-    certificate = merge_folder(adapter, out, base=base)
+    certificate = merge_folder(adapter, out, base=base, dtype=dtype)
     typer.echo(f"merged      {out}")
     typer.echo(
         f"certificate {out / 'certificate.json'}: largest logit difference "

@@ -15,7 +15,10 @@ def command(
     directory: Annotated[Path, typer.Argument(help="Adapter folder or merged checkpoint.", show_default=False)],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to predict.", show_default=False)] = None,
     file: Annotated[Path | None, typer.Option(help="Rows to predict instead of texts.", show_default=False)] = None,
-    text: Annotated[str, typer.Option(help="Column of the file with the text.")] = "text",
+    text: Annotated[
+        str | None,
+        typer.Option(help="Column with the text; by default the trained one.", show_default=False),
+    ] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of the file.")] = "utf-8",
     out: Annotated[Path | None, typer.Option(help="Write JSON lines here instead.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option(help="Base model of an adapter folder.", show_default=False)] = None,
@@ -23,7 +26,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Label texts with probabilities, or answer prompts with a chat model."""
-    inputs = _inputs(texts, file, text, encoding)
+    inputs = _inputs(texts, file, text or (_trained_column(directory) if file else ""), encoding)
     from lightsft.files import require_free
     from lightsft.predict import Predictor
 
@@ -35,6 +38,15 @@ def command(
         _write(out, rows)
     for row in rows if out is None else ():
         typer.echo(json.dumps(row, ensure_ascii=False) if as_json else _line(row))
+
+
+def _trained_column(directory: Path) -> str:
+    """The text column that an adapter folder was trained with; "text" for anything else."""
+    from lightsft.files import read_json
+
+    settings = directory / "lightsft.json"
+    task = (read_json(settings).get("task") if settings.is_file() else None) or {}
+    return str(task.get("text", "text"))
 
 
 def _inputs(texts: list[str] | None, file: Path | None, column: str, encoding: str) -> list[str]:

@@ -142,7 +142,11 @@ class _Run:
         if not mergeable:
             return winner | {"note": "No strategy of this run can be merged: ship the adapter folder."}, None
         merged = self._best_trial(mergeable[0])
-        certificate = self._merge(merged)
+        try:
+            certificate = self._merge(merged)
+        except (LightsftError, JobDied, JobFailed) as error:
+            self.display.end("failed")
+            return winner | {"note": f"{merged['strategy']} could not be merged: {error}"}, None
         winner |= {"merged": "merged", "merged_strategy": merged["strategy"], "merged_seed": merged["seed"]}
         if merged["strategy"] == best["strategy"]:
             return winner | {"note": "merged/ holds the winner."}, certificate

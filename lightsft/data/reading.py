@@ -23,7 +23,7 @@ def read_rows(source: str | Path, *, split: str = "train", encoding: str = "utf-
     path = Path(source)
     if path.is_dir():
         rows = _read_saved(path, split)
-    elif path.suffix in FILE_TYPES:
+    elif path.suffix.lower() in FILE_TYPES:
         rows = _read_file(path, encoding)
     else:
         rows = _read_hub(str(source), split)
@@ -50,11 +50,11 @@ def _read_file(path: Path, encoding: str) -> list[Row]:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty", expected="a header and at least one row")
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             return _read_parquet(path)
-        if path.suffix in (".jsonl", ".json"):
+        if path.suffix.lower() in (".jsonl", ".json"):
             return _read_json(path, encoding)
-        return _read_separated(path, encoding, "\t" if path.suffix == ".tsv" else ",")
+        return _read_separated(path, encoding, "\t" if path.suffix.lower() == ".tsv" else ",")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not {encoding}: byte {error.object[error.start]:#x} at offset {error.start}",
@@ -109,7 +109,7 @@ def _decoded(path: Path, encoding: str) -> str:
 
 def _read_json(path: Path, encoding: str) -> list[Row]:
     text = _decoded(path, encoding)
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         rows = _parse(text, path, 1)
         if not isinstance(rows, list):
             raise DataError(f"{path} holds a JSON {type(rows).__name__}", expected="a list of objects")

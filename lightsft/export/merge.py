@@ -23,23 +23,31 @@ RANDOM_INPUTS, RANDOM_TOKENS = 32, 24
 MOST_LOGITS = 2**26  # numbers kept for the comparison, 256 MiB in fp32
 
 
-def merge(adapter_dir: str | Path, *, base: str | Path | None = None, out: str | Path) -> Path:
+def merge(
+    adapter_dir: str | Path, *, base: str | Path | None = None, out: str | Path, dtype: str = "checkpoint"
+) -> Path:
     """Write the merged checkpoint to `out` with its certificate.json; returns `out`.
 
-    `base` defaults to where the strategy was trained from. The checkpoint keeps the base's own type: fp32 arithmetic
-    and one rounding. Raises MergeError if the strategy does not merge, or the reloaded checkpoint differs from base +
-    adapter; OutputError if `out` holds something. Nothing is left in `out` unless it passed.
+    `base` defaults to where the strategy was trained from. The checkpoint keeps the base's own type unless `dtype`
+    names another: fp32 arithmetic and one rounding. Raises MergeError if the strategy does not merge, or the reloaded
+    checkpoint differs from base + adapter; OutputError if `out` holds something. Only what passed is left there.
     """
-    merge_folder(Path(adapter_dir), Path(out), base=None if base is None else str(base))
+    merge_folder(Path(adapter_dir), Path(out), base=None if base is None else str(base), dtype=dtype)
     return Path(out)
 
 
 def merge_folder(
-    adapter: Path, out: Path, *, base: str | None = None, task: Task | None = None, rows: Sequence[Row] = ()
+    adapter: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    task: Task | None = None,
+    rows: Sequence[Row] = (),
+    dtype: str = "checkpoint",
 ) -> dict[str, Any]:
     """Merge, verify on `rows` of `task` (on random tokens without), write; returns the certificate."""
     require_free(out)
-    backbone = artifact.load_base(adapter, base, dtype="checkpoint", device="cpu")
+    backbone = artifact.load_base(adapter, base, dtype=dtype, device="cpu")
     injection = artifact.load(adapter, backbone)
     if not injection.mergeable:
         raise _cannot_merge(injection, adapter)
@@ -75,7 +83,9 @@ def merge_folder(
             raise MergeError(
                 f"the merged checkpoint differs from base + adapter by {certificate['largest_logit_difference']:.3g}",
                 expected=f"{certificate['limit_applies_to']} of at most {certificate['limit']:.3g}",
-                todo="nothing was written; report it with the model's name",
+                todo="nothing was written; merge in full precision with --dtype float32"
+                if half
+                else "nothing was written; report it with the model's name",
             )
         write_json(folder / CERTIFICATE, certificate)
     return certificate
@@ -122,4 +132,8 @@ def _random_inputs(backbone: Backbone) -> list[Batch]:
     vocabulary = int(backbone.model.config.get_text_config().vocab_size)
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (RANDOM_INPUTS, RANDOM_TOKENS), generator=random)
+    end = getattr(backbone.model.config, "eos_token_id", None)
+    if isinstance(end, int) and end < vocabulary:  # some classifiers read the state at the one end token of a row
+        ids[ids == end] = (end + 1) % vocabulary
+        ids[:, -1] = end
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]

@@ -100,6 +100,7 @@ class Trainer(transformers.Trainer):
         rows = list(rows)
         if not rows:
             raise DataError("there are no rows to train or validate on", expected="at least one row")
+        self.task.check(rows, "the given data")
         return Encoded(self.task.encode(rows, self.tokenizer))
 
     # ---- batches and precision

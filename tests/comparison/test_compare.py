@@ -11,7 +11,7 @@ import pytest
 import lightsft
 from lightsft.comparison.compare import Interrupted, compare
 from lightsft.comparison.display import Display
-from lightsft.errors import ConfigurationError, DataError, LightsftError, OutputError
+from lightsft.errors import ConfigurationError, DataError, LightsftError, MergeError, OutputError
 from tests.checkpoints import LABELS, labelled_rows, write_csv
 from tests.cli.test_bad_input import contents
 
@@ -255,6 +255,18 @@ def test_the_winner_is_chosen_on_validation_alone(again, monkeypatch, greater_is
     assert asked == [merged]
     means = {label: np.mean(scores) for label, scores in VALIDATION.items()}
     assert [row["strategy"] for row in results["summary"]] == sorted(means, key=means.get, reverse=greater_is_better)
+
+
+def test_a_merge_that_fails_leaves_the_winner_and_the_report(again, monkeypatch):
+    def refuse(self, trial):
+        raise MergeError("the merged checkpoint differs")
+
+    monkeypatch.setattr("lightsft.comparison.compare._Run._merge", refuse)
+    out, results = again(lambda results: None)
+    assert results["winner"]["merged"] is None
+    assert "could not be merged: the merged checkpoint differs" in results["winner"]["note"]
+    assert results["certificate"] is None
+    assert "could not be merged" in (out / "report.md").read_text()
 
 
 def test_a_winner_that_cannot_be_merged_is_exported_and_the_best_mergeable_merged(bert, rows_csv, tmp_path, worker):

@@ -21,7 +21,7 @@ from lightsft.primitives.side import PlacedSide
 from lightsft_adapters import Adapter, Full, LoRA, Prefix
 from tests.checkpoints import LABELS, chat_rows, labelled_rows, save_bert, save_llama
 from tests.cli.test_bad_input import contents, refused
-from tests.tiny_models import randomise
+from tests.tiny_models import randomise, tiny
 
 TEXTS = ["the good film", "the room was really quite awful today and we said so", "lovely"]
 PLAIN = """
@@ -285,3 +285,22 @@ def test_a_chat_model_with_a_small_vocabulary_is_no_base_of_a_classifier(adapter
     with pytest.raises(LightsftError):
         merge(adapter, base=other, out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_classifier_that_reads_the_state_at_the_end_token_merges(bert, tmp_path):
+    """BART's classifier wants the same number of end tokens in each row, also of random inputs."""
+    tiny("bart").save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "base")
+    folder, _ = adapter_on(tmp_path / "base", LoRA(rank=2), tmp_path / "adapter")
+    assert merge_folder(folder, tmp_path / "merged")["passed"]
+
+
+def test_an_effect_below_the_rounding_of_16_bit_is_refused_and_merges_in_float32(bert, tmp_path):
+    base = tmp_path / "base"
+    transformers.AutoModelForSequenceClassification.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(base)
+    transformers.AutoTokenizer.from_pretrained(bert).save_pretrained(base)
+    folder, _ = adapter_on(base, LoRA(rank=2), tmp_path / "adapter", scale=1e-3)
+    with pytest.raises(MergeError, match="--dtype float32"):
+        merge_folder(folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert merge_folder(folder, tmp_path / "merged", dtype="float32")["passed"]
