@@ -1,17 +1,41 @@
-"""What each module of a backbone is for, found by structure: blocks, task head, linear layers, attention.
+"""What each module and weight of a backbone is for: found from its structure and from one traced forward pass.
 
-Nothing here looks at a model's name or type. Blocks are lists of repeated layers; the task head is what lies
-outside `base_model`; an attention is the outermost module of a block whose class says so.
+Nothing here looks at a model's name or type. Blocks are lists of repeated layers; the task head is what lies outside
+`base_model`; the rest is read off the trace (`lightsft.trace`). Without a trace (no example input runs) linear layers
+and convolutions are known by their class, and an attention by the word in its class name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+
+from lightsft.trace import Trace, nearest_called
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that enters a matrix product, or an embedding table that is looked up.
+
+    `name` is what users call it: the module whose `weight` it is, else the parameter itself. `owners` holds every
+    parameter name of it (several when it is tied). `places` pairs the parameter, by one of its names, with a module
+    inside which it is read. `called` tells whether the one and only place is a call of the linear layer that owns it.
+    `experts` counts the matrices in an expert tensor, 0 for anything else.
+    """
+
+    name: str
+    owners: tuple[str, ...]
+    places: tuple[tuple[str, str], ...]
+    called: bool
+    experts: int = 0
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -19,13 +43,36 @@ class Anatomy:
     """The roles of a backbone's modules, by dotted name.
 
     `blocks` holds one tuple of block names per stack (an encoder-decoder has two). `head` holds the parameter
-    names of a new task head; it is empty for a language model, whose head is pretrained.
+    names of a new task head; it is empty for a language model, whose head is pretrained. `weights` holds the
+    matrix weights and embedding tables outside a new head, in the model's order, `routers` those that choose experts.
     """
 
     blocks: tuple[tuple[str, ...], ...]
     head: frozenset[str]
-    linear: tuple[str, ...] = field(repr=False)
+    weights: Mapping[str, Weight] = field(repr=False)
+    routers: frozenset[str] = field(repr=False)
+    expert_counts: frozenset[int]
     attention: tuple[str, ...] = field(repr=False)
+    cross_attention: frozenset[str] = field(repr=False)
+    idle: frozenset[str] = field(repr=False)  # parameters that no output depends on
+    trace: Trace | None = field(repr=False)
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        """The blocks' linear maps, which strategies serve by default: layers, convolutions, experts; not routers."""
+        return tuple(
+            name
+            for name, weight in self.weights.items()
+            if not weight.embedding and name not in self.routers and self.in_blocks(name)
+        )
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether the module or parameter lies in a block; all do in a model that has none."""
+        return not self.blocks or self.block_name_of(name) is not None
+
+    def block_name_of(self, name: str) -> str | None:
+        """The block that holds the module or parameter `name`."""
+        return next((block for stack in self.blocks for block in stack if is_within(name, block)), None)
 
     def block_of(self, name: str) -> int | None:
         """The index, counted within its stack, of the block that holds the module or parameter `name`."""
@@ -45,22 +92,25 @@ class Anatomy:
         return max((len(stack) for stack in self.blocks), default=0)
 
 
-def read_anatomy(model: PreTrainedModel, fresh: frozenset[str] = frozenset()) -> Anatomy:
-    """Derive the roles from the module tree. `fresh` names parameters that the checkpoint did not hold."""
+def read_anatomy(model: PreTrainedModel, fresh: frozenset[str] = frozenset(), seen: Trace | None = None) -> Anatomy:
+    """Derive the roles from the module tree and the trace. `fresh` names parameters the checkpoint did not hold."""
     stacks = tuple(find_blocks(model))
+    blocks = [name for stack in stacks for name in stack]
     head = head_parameters(model) | fresh
-    in_blocks = [name for stack in stacks for name in stack]
-    modules = dict(model.named_modules())
-    head_modules = {name.rpartition(".")[0] for name in head}
-    linear = tuple(
-        name
-        for name, module in modules.items()
-        if is_linear(module)
-        and name not in head_modules
-        and (not in_blocks or any(is_within(name, block) for block in in_blocks))
+    routers, experts = _routing(model, seen)
+    weights = _weights(model, head, seen, experts)
+    attention, cross = _attention(model, blocks, seen)
+    return Anatomy(
+        blocks=stacks,
+        head=head,
+        weights=weights,
+        routers=frozenset(name for name, weight in weights.items() if routers & set(weight.owners)),
+        expert_counts=experts,
+        attention=attention,
+        cross_attention=cross,
+        idle=_idle(model, seen),
+        trace=seen,
     )
-    attention = tuple(name for block in in_blocks for name in _outermost_attention(block, modules[block]))
-    return Anatomy(blocks=stacks, head=head, linear=linear, attention=attention)
 
 
 def is_within(name: str, ancestor: str) -> bool:
@@ -73,26 +123,57 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def find_blocks(model: nn.Module) -> Iterator[tuple[str, ...]]:
-    """The stacks of repeated layers: outermost ModuleLists that hold two or more linear layers per child.
+def is_layer(module: nn.Module) -> bool:
+    """A linear layer or a convolution that owns its weight (one under weight normalisation does not)."""
+    return isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS)) and "weight" in module._parameters
 
-    A list inside a block (T5's sublayers, a block's experts) belongs to the block. A list of one block counts, so a
-    one-layer model works too; a list of bare linear layers (a head's, say) does not.
+
+# ---- blocks and head
+
+
+def find_blocks(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    """The stacks of repeated layers: lists of modules of one kind that hold two or more layers each.
+
+    The outermost such lists, unless their members hold lists of checkpointed layers themselves (the stages of a
+    hierarchical model). A list inside a block (T5's sublayers, a block's experts) belongs to the block. A list of one
+    block counts, so a one-layer model works too; a list of bare linear layers (a head's, say) does not.
     """
 
     def visit(prefix: str, module: nn.Module) -> Iterator[tuple[str, ...]]:
         for name, child in module.named_children():
             path = f"{prefix}.{name}" if prefix else name
-            if isinstance(child, nn.ModuleList) and len(child) and all(_holds_layers(block) for block in child):
-                yield tuple(f"{path}.{index}" for index in range(len(child)))
+            if _is_stack(child) and not _holds_stacks(child):
+                yield tuple(f"{path}.{member}" for member, _ in child.named_children())
             else:
                 yield from visit(path, child)
 
     yield from visit("", model)
 
 
+def _is_stack(module: nn.Module) -> bool:
+    if isinstance(module, nn.Sequential):  # also used for a few layers in a row: members must be of one class
+        return len({type(member) for member in module}) == 1 and all(_holds_layers(member) for member in module)
+    return isinstance(module, nn.ModuleList) and len(module) > 0 and all(_holds_layers(block) for block in module)
+
+
+def _holds_stacks(stack: nn.Module) -> bool:
+    """Whether the members are, or hold, lists of layers themselves, as a hierarchical model's stages do."""
+    if all(isinstance(member, nn.ModuleList) for member in stack.children()):
+        return True
+    return any(
+        isinstance(inner, nn.ModuleList | nn.Sequential)
+        and _is_stack(inner)
+        and all(isinstance(member, GradientCheckpointingLayer) for member in inner)
+        for member in stack.children()
+        for inner in member.modules()
+    )
+
+
 def _holds_layers(block: nn.Module) -> bool:
-    return not is_linear(block) and sum(is_linear(module) for module in block.modules()) >= 2
+    if is_layer(block):
+        return False
+    matrices = [parameter for parameter in block.parameters() if parameter.ndim >= 2]
+    return len(matrices) >= 2 or any(parameter.ndim >= 3 for parameter in matrices)
 
 
 def head_parameters(model: PreTrainedModel) -> frozenset[str]:
@@ -103,10 +184,147 @@ def head_parameters(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) not in inside)
 
 
-def _outermost_attention(prefix: str, module: nn.Module) -> Iterator[str]:
+# ---- weights
+
+
+def _weights(
+    model: PreTrainedModel, head: frozenset[str], seen: Trace | None, experts: frozenset[int]
+) -> dict[str, Weight]:
+    """The matrix weights and embedding tables of the whole model, without the task head's."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    modules = dict(model.named_modules())
+    found: dict[str, Weight] = {}
+    for name, parameter in model.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        own_layer = is_layer(modules[owner]) and attribute == "weight"
+        table = isinstance(modules[owner], nn.Embedding)
+        expert = not own_layer and parameter.ndim == 3 and parameter.shape[0] in experts
+        multiplied = seen is not None and name in seen.multiplied and parameter.ndim >= 2
+        if name in head or not (own_layer or table or expert or multiplied):
+            continue
+        places = tuple(_places(name, tuple(owners[id(parameter)]), seen))
+        weight = Weight(
+            name=owner if attribute == "weight" else name,
+            owners=tuple(owners[id(parameter)]),
+            places=places,
+            called=places == ((name, owner),) and (table or (own_layer and is_linear(modules[owner]))),
+            experts=int(parameter.shape[0]) if expert else 0,
+            embedding=table,
+        )
+        found[weight.name] = weight
+    return found
+
+
+def _places(name: str, owners: tuple[str, ...], seen: Trace | None) -> Iterator[tuple[str, str]]:
+    """(parameter name, the called module inside which it is read), for each reader that was seen."""
+    modules = {owner.rpartition(".")[0]: owner for owner in owners}
+    readers = set(seen.multiplied.get(name, ())) if seen is not None else set()
+    if seen is None or not readers:  # nothing seen (an expert that no token reached, say): read where it is owned
+        yield from ((owner, module) for module, owner in modules.items())
+        return
+    for module, owner in modules.items():
+        if module in readers:
+            yield owner, module
+    strangers = sorted(readers - set(modules))
+    for owner in owners if strangers else ():
+        yield owner, nearest_called(_common_ancestor({owner.rpartition(".")[0], *strangers}), seen.calls)
+
+
+def _common_ancestor(names: set[str]) -> str:
+    parts = [name.split(".") for name in names]
+    shared = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared)
+
+
+def _routing(model: PreTrainedModel, seen: Trace | None) -> tuple[frozenset[str], frozenset[int]]:
+    """(parameters whose product selects experts, numbers of experts); without a trace, from the configuration."""
+    if seen is not None and seen.selectors:
+        return frozenset(seen.selectors), frozenset(seen.selectors.values())
+    config = model.config.get_text_config().to_dict()
+    counts = {v for k, v in config.items() if "expert" in k and isinstance(v, int) and v > 1}
+    routers = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and parameter.shape[0] in counts and _has_experts_beside(model, name, counts)
+    }
+    return frozenset(routers), frozenset(counts)
+
+
+def _has_experts_beside(model: PreTrainedModel, name: str, counts: set[int]) -> bool:
+    parent = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    return any(parameter.ndim == 3 and parameter.shape[0] in counts for parameter in parent.parameters()) or any(
+        isinstance(module, nn.ModuleList) and len(module) in counts for module in parent.modules()
+    )
+
+
+def _idle(model: PreTrainedModel, seen: Trace | None) -> frozenset[str]:
+    """Parameters that nothing depends on, but for experts that the few tokens of the trace did not reach."""
+    if seen is None:
+        return frozenset()
+    called = frozenset(seen.calls)
+    return frozenset(
+        name
+        for name, _ in model.named_parameters()
+        if name not in seen.used | seen.multiplied.keys()
+        and name.rpartition(".")[0] not in called
+        and not may_be_routed_to(model, name.rpartition(".")[0], called)
+    )
+
+
+def may_be_routed_to(model: nn.Module, name: str, called: frozenset[str]) -> bool:
+    """Whether a sibling in the same list of modules ran: then `name` is an expert that these few tokens missed."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        parent, own = ".".join(parts[:end]), parts[end]
+        if isinstance(model.get_submodule(parent), nn.ModuleList):
+            ran = {other.removeprefix(parent + ".").split(".")[0] for other in called if is_within(other, parent)}
+            return bool(ran) and own not in ran
+    return False
+
+
+# ---- attention
+
+
+def _attention(model: PreTrainedModel, blocks: list[str], seen: Trace | None) -> tuple[tuple[str, ...], frozenset[str]]:
+    """(the attentions of the blocks with the layers around them, those among them that read another sequence)."""
+    modules = dict(model.named_modules())
+    if seen is None:
+        return tuple(name for block in blocks for name in _called_attention(block, modules[block])), frozenset()
+    widened: dict[str, bool] = {}
+    for site in seen.attentions:
+        block = next((block for block in blocks if is_within(site.name, block)), None)
+        if block is not None:
+            name = _with_output_layer(site.name, block, modules, seen)
+            widened[name] = widened.get(name, False) or site.cross
+    outermost = [name for name in widened if not any(name != other and is_within(name, other) for other in widened)]
+    ordered = sorted(outermost, key=list(modules).index)
+    return tuple(ordered), frozenset(name for name in ordered if widened[name])
+
+
+def _with_output_layer(core: str, block: str, modules: Mapping[str, nn.Module], seen: Trace) -> str:
+    """The largest module around an attention that adds no more than its output layer to it, within the block."""
+    name = core
+    while True:
+        parent = name.rpartition(".")[0]
+        if not is_within(parent, block) or parent == block or parent not in seen.calls:
+            return name
+        within = [layer for layer in seen.calls if is_within(layer, parent) and is_layer(modules[layer])]
+        others = [layer for layer in within if not is_within(layer, name)]
+        if len(others) > 1:
+            return name
+        name = parent
+
+
+def _called_attention(prefix: str, module: nn.Module) -> Iterator[str]:
     for name, child in module.named_children():
         path = f"{prefix}.{name}"
         if "attention" in type(child).__name__.lower() and any(is_linear(part) for part in child.modules()):
             yield path
         else:
-            yield from _outermost_attention(path, child)
+            yield from _called_attention(path, child)

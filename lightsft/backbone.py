@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -14,10 +15,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lightsft.anatomy import Anatomy, read_anatomy
+from lightsft.anatomy import Anatomy, find_blocks, head_parameters, read_anatomy
 from lightsft.device import choose_device, choose_dtype
+from lightsft.dry_run import candidate_inputs, find_moving_buffers
 from lightsft.errors import BackboneError
 from lightsft.quiet import quiet
+from lightsft.trace import Trace, trace
+
+if TYPE_CHECKING:
+    from lightsft.injection import Injection
+
+logger = logging.getLogger(__name__)
 
 AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification", "chat": "AutoModelForCausalLM"}
 SKETCH_TENSORS, SKETCH_VALUES = 24, 8
@@ -28,7 +36,8 @@ class Backbone:
 
     `model` is the transformers model itself, `tokenizer` may be None, `source` is where the weights came from.
     `compute_dtype` is the type it computes in; its weights may be wider (float32 masters for full tuning), in which
-    case the trainer runs it under autocast.
+    case the trainer runs it under autocast. `example` holds keyword arguments for one small forward pass, for models
+    that take something else than token ids, pixels or sound in the usual form.
     """
 
     def __init__(
@@ -40,6 +49,7 @@ class Backbone:
         source: str | None = None,
         fresh: Sequence[str] = (),
         compute_dtype: torch.dtype | None = None,
+        example: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, PreTrainedModel):
             raise BackboneError(
@@ -55,6 +65,8 @@ class Backbone:
         self.compute_dtype = compute_dtype or model.dtype
         self.stored_dtype = model.dtype  # of the weights as loaded; masters of trained ones may be wider
         self.carries: str | None = None  # the strategy that is injected, if any
+        self.open_injection: Injection | None = None  # while a strategy is being placed
+        self._example = example
 
     @classmethod
     def load(
@@ -107,12 +119,42 @@ class Backbone:
     @cached_property
     def anatomy(self) -> Anatomy:
         """The roles of the model's modules; see `lightsft.anatomy`."""
-        return read_anatomy(self.model, self.fresh)
+        return read_anatomy(self.model, self.fresh, self._dry_run[1])
+
+    @property
+    def example(self) -> Mapping[str, Any] | None:
+        """Keyword arguments for one tiny forward pass, or None where none of those that were tried runs."""
+        return self._dry_run[0]
+
+    @cached_property
+    def moving_buffers(self) -> list[str]:
+        """The saved buffers that a forward pass in training mode changes: running statistics."""
+        return find_moving_buffers(self.model, self.example)
+
+    @cached_property
+    def _dry_run(self) -> tuple[Mapping[str, Any] | None, Trace | None]:
+        """The first example that runs, with what was seen."""
+        blocks = tuple(block for stack in find_blocks(self.model) for block in stack)
+        if self._example is not None:
+            return self._example, trace(self.model, self._example, blocks)
+        problems = []
+        for inputs in candidate_inputs(self.model):
+            try:
+                return inputs, trace(self.model, inputs, blocks)
+            except Exception as error:  # whatever a model's code raises on inputs that it does not take
+                problems.append(f"{type(error).__name__}: {error}")
+        logger.warning(
+            "no example input runs on %s (%s): its structure alone is used, and strategies are not probed; "
+            "give one with Backbone(model, example={...})",
+            type(self.model).__name__,
+            problems[0] if problems else "none could be made",
+        )
+        return None, None
 
     @property
     def head(self) -> frozenset[str]:
         """Parameter names of the task head, which every strategy trains and saves whole."""
-        return self.anatomy.head
+        return head_parameters(self.model) | self.fresh
 
     def module(self, name: str) -> nn.Module:
         """The module with this dotted name."""

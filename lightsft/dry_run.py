@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +14,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+BYTES = 256  # the vocabulary of models that read characters
 ENCODER_TOKENS, DECODER_TOKENS = 7, 5  # different, so that cross attention shows in the length of its keys
+
+
+def candidate_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Keyword arguments that a forward pass may accept, the likeliest first; the first that runs is the one to use.
+
+    They differ in length (some models want a multiple of their chunk, or exactly as many tokens as they have
+    positions), in the optional arguments that some models need all the same (boxes, images, sounds), and in holding
+    each special token that the configuration names, which some heads look for.
+    """
+    main = str(getattr(model, "main_input_name", "input_ids"))
+    if main == "input_ids" or "input_ids" in _accepted(model):
+        positions = _positions(model)
+        lengths = [(16, 8), (64, 32), *([(positions, positions)] if positions else [])]
+        texts = [tiny_inputs(model)]
+        texts += [_text_inputs(model, *both, 0) for both in lengths if not positions or both[0] <= positions]
+        for plain in texts:
+            extra = _companions(model, plain["input_ids"])
+            yield plain
+            if extra:
+                yield plain | extra
+            yield plain | extra | {"input_ids": _with_special_tokens(model, plain["input_ids"])}
+    if main != "input_ids":
+        yield from _sensor_inputs(model, main)
+    yield {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
 
 
 def tiny_inputs(
@@ -22,27 +49,139 @@ def tiny_inputs(
     decoder_tokens: int = DECODER_TOKENS,
     start: int = 0,
 ) -> dict[str, Tensor]:
-    """Keyword arguments for one forward pass with batch size 1, on the model's device.
+    """Keyword arguments for one forward pass on text with batch size 1, on the model's device.
 
-    Text: `input_ids` (1, tokens), or fewer where the model has few positions; another choice for each `start`, spread
-    over the vocabulary and ending in the end-of-sequence token, which some sequence classifiers look for. Images:
-    zeros of the configured size. Otherwise transformers' own dummy inputs.
+    `input_ids` (1, tokens), or fewer where the model has few positions; another choice for each `start`, spread
+    over the vocabulary and ending in the end-of-sequence token, which some sequence classifiers look for.
     """
-    wanted = str(getattr(model, "main_input_name", "input_ids"))
-    if wanted == "pixel_values":
-        return {"pixel_values": torch.zeros(1, *_image_shape(model), dtype=model.dtype, device=model.device)}
-    if wanted != "input_ids":
-        return {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    positions = _positions(model)
     if positions > 0:  # half of them: some models count from their padding id
         tokens, decoder_tokens = min(tokens, positions // 2), min(decoder_tokens, positions // 2)
-    inputs = {"input_ids": _token_ids(model, tokens, start)}
-    accepted = inspect.signature(model.forward).parameters
+    return _text_inputs(model, tokens, decoder_tokens, start)
+
+
+def _text_inputs(model: PreTrainedModel, tokens: int, decoder_tokens: int, start: int) -> dict[str, Tensor]:
+    inputs: dict[str, Any] = {"input_ids": _token_ids(model, tokens, start)}
+    accepted = _accepted(model)
     if "attention_mask" in accepted:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
     if getattr(model.config, "is_encoder_decoder", False) and model.get_output_embeddings() is not None:
         inputs["decoder_input_ids"] = _token_ids(model, decoder_tokens, start)
     return inputs
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """How many positions the model has, 0 where it does not say."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0)
+
+
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """What token ids are looked up in, or None: models of sounds and images have nothing of the kind."""
+    try:
+        found: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found
+
+
+def _accepted(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
+
+
+def _companions(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
+    """What some models want beside token ids, by the names that transformers gives such arguments."""
+    batch, length = input_ids.shape
+    config, place = model.config, model.device
+    vision, audio = (getattr(config, name, None) or config for name in ("vision_config", "audio_config"))
+    makers: dict[str, Callable[[], Tensor]] = {
+        "bbox": lambda: torch.tensor([1, 2, 5, 9], device=place).expand(batch, length, 4),
+        "pixel_values": lambda: _pixels(vision, model),
+        "image": lambda: _pixels(vision, model),
+        "input_features": lambda: _signal(model, batch, audio.num_mel_bins, 8 * length),
+        "visual_feats": lambda: _signal(model, batch, 3, config.visual_feat_dim),
+        "visual_pos": lambda: _signal(model, batch, 3, config.visual_pos_dim),
+        "global_attention_mask": lambda: (torch.arange(length, device=place) == 0).long().expand(batch, length),
+        "decoder_input_ids": lambda: input_ids[:, :DECODER_TOKENS],
+    }
+    found = {}
+    for name in makers.keys() & _accepted(model).keys():
+        with contextlib.suppress(AttributeError, TypeError):  # the configuration does not say how large
+            found[name] = makers[name]()
+    return found
+
+
+def _with_special_tokens(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """The same ids, holding each special token of the configuration once."""
+    special = {
+        value
+        for name, value in model.config.get_text_config().to_dict().items()
+        if name.endswith("_token_id") and not name.startswith("pad") and isinstance(value, int) and value >= 0
+    }
+    ids = input_ids.clone()
+    for position, value in enumerate(sorted(special)[: ids.shape[1] - 2], start=1):
+        ids[:, position] = value
+    return ids
+
+
+def _sensor_inputs(model: PreTrainedModel, main: str) -> Iterator[dict[str, Any]]:
+    """Images and sounds, in the layouts and lengths that are in use."""
+    place, config = model.device, model.config
+    for source in (config, getattr(config, "vision_config", config)):
+        with contextlib.suppress(AttributeError, TypeError):
+            yield {main: _pixels(source, model)}
+    yield {main: _signal(model, 1, 3, 224, 224)}
+    sizes = [v for source in (config, getattr(config, "encoder_config", config)) for v in _widths(source)]
+    for width in dict.fromkeys(sizes):
+        for length in (64, 2 * int(getattr(config, "max_source_positions", 32)), getattr(config, "max_length", 64)):
+            for shape in ((1, width, length), (1, length, width)):
+                sound = {main: _signal(model, *shape)}
+                yield sound
+                yield sound | {"attention_mask": torch.ones(1, shape[1], dtype=torch.long, device=place)}
+    for samples in (3200, 16000):
+        yield {main: _signal(model, 1, samples)}
+    patch = getattr(getattr(config, "vision_config", config), "patch_size", None)
+    if isinstance(patch, int):
+        yield {
+            main: _signal(model, 1, 16, 3 * patch * patch),
+            "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long, device=place),
+            "spatial_shapes": torch.tensor([[4, 4]], device=place),
+        }
+
+
+def _widths(config: Any) -> Iterator[int]:
+    """Plausible numbers of features per frame of sound."""
+    for name in ("num_mel_bins", "feature_projection_input_dim", "input_dim", "feature_size"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            yield value
+    yield 64
+    yield 80
+
+
+@torch.no_grad()
+def find_moving_buffers(model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> list[str]:
+    """Names of the buffers in the state dict that one pass in training mode writes to; their values are put back."""
+    kept = model.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    if not buffers or model.device.type == "meta":
+        return []
+    before = {name: (buffer.clone(), buffer._version) for name, buffer in buffers.items()}
+    with evaluating(model):
+        model.train()
+        with contextlib.suppress(Exception):  # a batch of one is too small for some: what ran so far has been seen
+            model(**(inputs or {}))
+    moved = [name for name, buffer in buffers.items() if buffer._version != before[name][1]]
+    for name in moved:
+        buffers[name].copy_(before[name][0])
+    normalised = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        for name in module._buffers
+    }
+    return sorted({*moved, *(normalised & buffers.keys())})
 
 
 @contextmanager
@@ -59,8 +198,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _token_ids(model: PreTrainedModel, tokens: int, start: int) -> Tensor:
-    embeddings = model.get_input_embeddings()
-    vocabulary = int(getattr(embeddings, "num_embeddings", 0) or model.config.get_text_config().vocab_size)
+    embeddings = input_embeddings(model)
+    config = model.config.get_text_config()
+    vocabulary = int(getattr(embeddings, "num_embeddings", 0) or getattr(config, "vocab_size", BYTES))
     low = min(20, vocabulary // 4)  # special tokens usually come first
     ids = low + ((torch.arange(tokens) + start * tokens) * 7919) % (vocabulary - low)
     end = getattr(model.config, "eos_token_id", None)
@@ -70,10 +210,17 @@ def _token_ids(model: PreTrainedModel, tokens: int, start: int) -> Tensor:
     return ids[None].to(model.device)
 
 
-def _image_shape(model: PreTrainedModel) -> tuple[int, int, int]:
-    size = model.config.image_size
+def _pixels(config: Any, model: PreTrainedModel) -> Tensor:
+    """A black image of the configured size."""
+    size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    return int(getattr(model.config, "num_channels", 3)), int(height), int(width)
+    channels = int(getattr(config, "num_channels", 3))
+    return _signal(model, 1, channels, int(height), int(width))
+
+
+def _signal(model: PreTrainedModel, *shape: int) -> Tensor:
+    """A smooth signal without two equal neighbours: zeros would hide what depends on the input."""
+    return torch.sin(torch.arange(math.prod(shape)) * 0.7).reshape(shape).to(model.device, model.dtype)
 
 
 def predictions(outputs: Any) -> list[Tensor]:
@@ -82,6 +229,17 @@ def predictions(outputs: Any) -> list[Tensor]:
         return [outputs["logits"]]
     values = outputs.values() if isinstance(outputs, dict) else outputs
     return list(_floating(values))
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())
 
 
 def _floating(values: Any) -> Iterator[Tensor]:

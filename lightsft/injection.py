@@ -13,6 +13,7 @@ and gets for free: everything else frozen, the task head trained, the probe, `di
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +23,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightsft.anatomy import Weight
 from lightsft.backbone import Backbone
+from lightsft.dry_run import input_embeddings
 from lightsft.errors import ArtifactError, InjectionError, MergeError
-from lightsft.primitives import AttentionPrefix, PlacedPrefix, PlacedSide, Primitive, Side, Unfreezing
+from lightsft.primitives import (
+    AttentionPrefix,
+    BufferState,
+    InputGradient,
+    PlacedDelta,
+    PlacedPrefix,
+    PlacedSide,
+    Primitive,
+    Side,
+    Unfreezing,
+    WeightDelta,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +62,9 @@ class Injection:
     """The primitives that one strategy placed on one backbone. Only their parameters are trainable."""
 
     def __init__(self, backbone: Backbone, strategy: Strategy, seed: int) -> None:
-        if backbone.carries is not None:
+        if backbone.carries is not None or any("lightsft" in name for name, _ in backbone.model.named_modules()):
             raise InjectionError(
-                f"the backbone already carries {backbone.carries}",
+                f"the backbone already carries {backbone.carries or 'a strategy'}",
                 expected="a backbone without a strategy",
                 todo="call eject() or merge() on that injection first, or load the backbone again",
             )
@@ -58,6 +72,7 @@ class Injection:
         self.primitives: list[Primitive] = []
         self._enabled = True
         self.skipped: list[str] = []
+        self.unreachable: set[str] = set()  # weights of the backbone that no gradient can reach
         self.sketch = backbone.sketch()
         self._trained_before = {name: p.requires_grad for name, p in backbone.model.named_parameters()}
         backbone.carries = type(strategy).__name__
@@ -66,13 +81,32 @@ class Injection:
 
     # ---- placing
 
+    def place(self, primitive: Primitive) -> None:
+        """Take on a primitive that has been placed on the model."""
+        self.primitives.append(primitive)
+
+    def skip(self, names: Iterable[str]) -> None:
+        """Note what a strategy leaves out since a forward pass never uses it."""
+        self.skipped.extend(names)
+
+    def add_delta(self, weight: Weight, delta: WeightDelta) -> None:
+        """Put `delta` on a weight that is read without calling a layer."""
+        self.place(PlacedDelta(self.model, weight, delta))
+
     def add_side(self, name: str, side: Side, *, reads: str | None = None) -> None:
         """Put `side` on the module `name`; with `reads`, it sees the input of that other module."""
-        self.primitives.append(PlacedSide(self.model, name, side, reads))
+        self.place(PlacedSide(self.model, name, side, reads))
 
     def add_prefix(self, name: str, prefix: AttentionPrefix) -> None:
         """Put trained keys and values on the attention module `name`."""
-        self.primitives.append(PlacedPrefix(self.model, name, prefix))
+        self.place(PlacedPrefix(self.model, name, prefix))
+
+    def require_input_gradient(self) -> None:
+        """Let gradients pass through layers that only compute them when their input wants one."""
+        embeddings = input_embeddings(self.model)
+        name = next((name for name, module in self.model.named_modules() if module is embeddings), None)
+        if name is not None and not any(isinstance(primitive, InputGradient) for primitive in self.primitives):
+            self.place(InputGradient(self.model, name))
 
     def unfreeze(self, names: Iterable[str]) -> None:
         """Train the backbone's parameters `names` in place, with those named before: there is one unfreezing."""
@@ -82,7 +116,7 @@ class Injection:
             self.primitives.remove(earlier)
             chosen |= set(earlier.names)
         if chosen:
-            self.primitives.append(Unfreezing(self.model, sorted(chosen), keep_outputs=self.backbone.head))
+            self.place(Unfreezing(self.model, sorted(chosen), keep_outputs=self.backbone.head))
 
     # ---- looking
 
@@ -112,16 +146,24 @@ class Injection:
 
     @property
     def coverage(self) -> float:
-        """Share of the backbone's in-block matrix weights in modules that carry a primitive, 0 to 1."""
+        """Share of the blocks' matrix weights that carry a primitive, by size, 0 to 1.
+
+        Matrix weights have two dimensions or more, and are neither looked up (embedding tables) nor unused.
+        """
         covered = {name for primitive in self.primitives for name in primitive.covers()}
-        added = {id(parameter) for parameter in self._added()}
-        inside = {
-            name: parameter.numel()
-            for name, parameter in self.model.named_parameters()
-            if parameter.ndim >= 2 and id(parameter) not in added and self.backbone.anatomy.block_of(name) is not None
-        }
+        unused = self.backbone.anatomy.idle | self.unreachable
+        inside = {name: size for name, size in self._matrices() if name in covered or name not in unused}
         share: float = sum(size for name, size in inside.items() if name in covered) / max(1, sum(inside.values()))
         return share
+
+    def _matrices(self) -> Iterator[tuple[str, int]]:
+        anatomy = self.backbone.anatomy
+        added = {id(parameter) for parameter in self._added()}
+        tables = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
+        for name, parameter in self.model.named_parameters():
+            is_matrix = parameter.ndim >= 2 and id(parameter) not in added | tables and "lightsft" not in name
+            if is_matrix and anatomy.in_blocks(name) and name not in anatomy.head:
+                yield name, parameter.numel()
 
     def _added(self) -> Iterator[nn.Parameter]:
         for primitive in self.primitives:
@@ -229,21 +271,47 @@ class Injection:
 
 @contextmanager
 def injecting(strategy: Strategy, backbone: Backbone, seed: int) -> Iterator[Injection]:
-    """Open an injection; on leaving, train the task head, probe it all; on an error, put the backbone back."""
+    """Open an injection; on leaving, train the task head, probe it all; on an error, put the backbone back.
+
+    Within another strategy's `injecting` (a combination) it is that injection that is yielded, and left open.
+    """
     from lightsft.probe import probe
 
+    if backbone.open_injection is not None:
+        yield backbone.open_injection
+        return
+    backbone.anatomy  # noqa: B018 - read from the bare model, before anything is placed
+    moving = backbone.moving_buffers
     injection = Injection(backbone, strategy, seed)
+    backbone.open_injection = injection
     try:
         with torch.random.fork_rng(devices=[]):  # new layers draw before they are initialised from the seed
             yield injection
         injection.unfreeze(backbone.head)
-        if not injection.primitives:
-            raise InjectionError(
-                f"{type(strategy).__name__} placed nothing on {type(backbone.model).__name__}",
-                expected="at least one trainable tensor",
-                todo="check its targets and layers",
-            )
+        if moving:
+            injection.place(BufferState(backbone.model, moving))
+        _check_placed(injection)
         probe(injection)
     except BaseException:
         injection.eject()
         raise
+    finally:
+        backbone.open_injection = None
+
+
+def _check_placed(injection: Injection) -> None:
+    names = [name for primitive in injection.primitives for name in primitive.trainable()]
+    kind = type(injection.strategy).__name__
+    if not names:
+        raise InjectionError(
+            f"{kind} placed nothing on {type(injection.model).__name__}",
+            expected="at least one trainable tensor",
+            todo="check its targets and layers",
+        )
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise InjectionError(
+            f"{kind} would train two tensors named {twice[0]}",
+            expected="strategies of different kinds, or on different modules",
+            todo="give one of them other targets",
+        )

@@ -9,14 +9,15 @@ and listed in `injection.skipped`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightsft.anatomy import is_within
-from lightsft.dry_run import evaluating, predictions, tiny_inputs
+from lightsft.anatomy import may_be_routed_to
+from lightsft.dry_run import candidate_inputs, evaluating, predictions
 from lightsft.errors import InjectionError
 from lightsft.injection import Injection
 from lightsft.primitives import Primitive, Unfreezing
@@ -26,26 +27,23 @@ logger = logging.getLogger(__name__)
 
 
 def probe(injection: Injection) -> None:
-    """Raise InjectionError naming what does not work; drop what never runs. Models on `meta` are not run."""
-    model = injection.model
-    if model.device.type == "meta":
+    """Raise InjectionError naming what does not work; drop what never runs.
+
+    A model on `meta`, or one for which no example input runs (the backbone has warned), cannot be probed.
+    """
+    model, example = injection.model, injection.backbone.example
+    seen = injection.backbone.anatomy.trace
+    if model.device.type == "meta" or example is None or seen is None:
         return
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(_nudged(injection))
-        called = stack.enter_context(_calls(injection))
-        outputs = predictions(model(**tiny_inputs(model)))
-        loss = torch.stack([tensor.float().pow(2).mean() for tensor in outputs]).sum()
-        if not torch.isfinite(loss):
-            raise InjectionError(
-                "the model's output is not finite", todo="try dtype='float32', or check the checkpoint"
-            )
-        loss.backward()
+        running = stack.enter_context(_calls(injection))
+        outputs = _step(injection, example)
+        called = frozenset(running)
         _drop_what_never_ran(injection, called)
         _check_gradients(injection, called)
-        with torch.no_grad(), _without_its_own(injection):
-            plain = predictions(model(**tiny_inputs(model)))
-        if all(torch.equal(a, b.to(a.dtype)) for a, b in zip(outputs, plain, strict=True)):
+        if not _changes(injection, outputs, seen.outputs):
             raise InjectionError(
                 f"{type(injection.strategy).__name__} has no effect on the output of {type(model).__name__}",
                 expected="an output that changes when trainable tensors do",
@@ -53,10 +51,59 @@ def probe(injection: Injection) -> None:
             )
 
 
+def _step(injection: Injection, example: Mapping[str, Any]) -> list[Tensor]:
+    """One forward and backward pass; returns the outputs. In training mode for models that insist on it."""
+    model = injection.model
+    try:
+        return _forward_backward(injection, example)
+    except AssertionError:  # a reversible network asserts in its backward pass that it trains
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm):
+                module.eval()
+    try:
+        for inputs in (example, *candidate_inputs(model)):
+            with suppress(ValueError):  # in training mode it may accept other lengths
+                return _forward_backward(injection, inputs)
+        return _forward_backward(injection, example)
+    finally:
+        model.eval()
+
+
+def _forward_backward(injection: Injection, example: Mapping[str, Any]) -> list[Tensor]:
+    own = [parameter for primitive in _own(injection) for parameter in primitive.trainable().values()]
+    outputs = _backward(injection, example)
+    if all(parameter.grad is None for parameter in own):
+        injection.require_input_gradient()  # reversible layers compute none unless their input wants one
+        outputs = _backward(injection, example)
+    return outputs
+
+
+def _backward(injection: Injection, example: Mapping[str, Any]) -> list[Tensor]:
+    injection.model.zero_grad(set_to_none=True)
+    outputs = predictions(injection.model(**example))
+    loss = torch.stack([tensor.float().pow(2).mean() for tensor in outputs]).sum()
+    if not torch.isfinite(loss):
+        raise InjectionError("the model's output is not finite", todo="try dtype='float32', or check the checkpoint")
+    if loss.requires_grad:
+        loss.backward()
+    return outputs
+
+
+def _changes(injection: Injection, outputs: Sequence[Tensor], plain: Sequence[Tensor]) -> bool:
+    """Whether the strategy, not its head alone, makes the output another than the backbone's own."""
+    if injection.backbone.head and _own(injection):  # the head was nudged too: compare with it in place
+        with torch.no_grad(), _without_its_own(injection):
+            plain = predictions(injection.model(**(injection.backbone.example or {})))
+    if any(p.grad is not None and p.grad.any() for part in _own(injection) for p in part.trainable().values()):
+        return True  # too small to see in the output of this model, but there
+    return not all(torch.equal(a, b.to(a.dtype)) for a, b in zip(outputs, plain, strict=True))
+
+
 def _own(injection: Injection) -> list[Primitive]:
     """What the strategy placed beside the task head, which every strategy trains."""
     head = injection.backbone.head
-    return [p for p in injection.primitives if not set(p.trainable()) <= head]
+    return [p for p in injection.primitives if p.trainable() and not set(p.trainable()) <= head]
 
 
 @contextmanager
@@ -72,31 +119,43 @@ def _without_its_own(injection: Injection) -> Iterator[None]:
             primitive.enable(True)
 
 
-def _drop_what_never_ran(injection: Injection, called: set[str]) -> None:
+def _drop_what_never_ran(injection: Injection, called: frozenset[str]) -> None:
     for primitive in list(injection.primitives):
-        if isinstance(primitive, Unfreezing):
-            idle = [
-                name
-                for name, parameter in primitive.trainable().items()
-                if parameter.grad is None and not _may_be_routed_to(injection, _site(primitive, name), called)
-            ]
-            primitive.leave(idle)
-            injection.skipped.extend(idle)
-        elif primitive.name not in called and not _may_be_routed_to(injection, primitive.name, called):
+        sites = primitive.sites()
+        idle = [
+            name
+            for name, parameter in primitive.trainable().items()
+            if parameter.grad is None
+            and (sites[name] not in called or isinstance(primitive, Unfreezing) or _out_of_reach(injection, primitive))
+            and not may_be_routed_to(injection.model, sites[name], called)
+        ]
+        if not idle:
+            continue
+        if len(idle) == len(primitive.trainable()):
+            injection.unreachable |= primitive.covers()
             primitive.remove()
             injection.primitives.remove(primitive)
-            injection.skipped.append(primitive.name)
+        else:
+            primitive.leave(idle)
+        injection.unreachable |= set(idle)
+        injection.skip(idle if isinstance(primitive, Unfreezing) else dict.fromkeys(sites[name] for name in idle))
     if injection.skipped:
         shown = ", ".join(injection.skipped[:8]) + (" ..." if len(injection.skipped) > 8 else "")
         logger.info("left out, since a forward pass never uses them: %s", shown)
 
 
-def _check_gradients(injection: Injection, called: set[str]) -> None:
+def _out_of_reach(injection: Injection, primitive: Primitive) -> bool:
+    """Whether the weights that it serves get no gradient in the bare backbone either."""
+    seen, served = injection.backbone.anatomy.trace, primitive.covers()
+    return seen is not None and bool(served) and not served & seen.used
+
+
+def _check_gradients(injection: Injection, called: frozenset[str]) -> None:
     problems = [
         f"no gradient reaches {name}"
         for primitive in injection.primitives
         for name, parameter in primitive.trainable().items()
-        if parameter.grad is None and not _may_be_routed_to(injection, _site(primitive, name), called)
+        if parameter.grad is None and not may_be_routed_to(injection.model, primitive.sites()[name], called)
     ]
     problems += [
         f"the gradient of {name} is not finite"
@@ -118,22 +177,6 @@ def _check_gradients(injection: Injection, called: set[str]) -> None:
             expected="a gradient on every trainable tensor, and on nothing else",
             todo="choose targets whose modules are called (not only read) in the forward pass",
         )
-
-
-def _site(primitive: Primitive, parameter_name: str) -> str:
-    """The module that a trainable parameter acts on."""
-    return parameter_name.rpartition(".")[0] if isinstance(primitive, Unfreezing) else primitive.name
-
-
-def _may_be_routed_to(injection: Injection, name: str, called: set[str]) -> bool:
-    """Whether a sibling in the same list of modules ran: then `name` is an expert that these few tokens missed."""
-    parts = name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        parent, own = ".".join(parts[:end]), parts[end]
-        if isinstance(injection.backbone.module(parent), nn.ModuleList):
-            ran = {other.removeprefix(parent + ".").split(".")[0] for other in called if is_within(other, parent)}
-            return bool(ran) and own not in ran
-    return False
 
 
 @contextmanager

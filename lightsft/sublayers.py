@@ -1,23 +1,20 @@
-"""The sublayers of each block and the linear layers through which they read and write the residual stream.
+"""The sublayers of each block: the modules that write to the residual stream, and where each branch begins.
 
-Found by watching one tiny forward pass: within a block, the linear layers of one attention (or those outside any
-attention, the feed-forward) form a sublayer; the first one called reads its input, and the last one called whose
-output is as wide as the block's input writes the residual stream.
+A writer is a module whose output is added to what entered the module around it, as seen in the trace. Where no such
+sum is seen in a block, the last linear layer called in each attention and in the rest of the block counts as one if
+its output is as wide as the block's input; and where there is none either, the block itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lightsft.anatomy import CONVOLUTIONS, Anatomy, is_layer, is_within
 from lightsft.backbone import Backbone
-from lightsft.dry_run import evaluating, tiny_inputs
-from lightsft.primitives.side import first_tensor
+from lightsft.trace import Call, Trace
 
 
 @dataclass(frozen=True)
@@ -26,56 +23,81 @@ class Sublayer:
 
     attention: bool
     layer: int  # index of the block in its stack
-    reads: str  # the linear layer that is called first
-    writes: str  # the linear layer whose output joins the residual stream
+    reads: str  # the module that is called first
+    writes: str  # the module whose output joins the residual stream
     size: int  # width of the residual stream
+    axis: int = -1  # of the writer's output, along which that width lies
 
 
 def find_sublayers(backbone: Backbone) -> list[Sublayer]:
     """Every attention and feed-forward sublayer, in the order in which they run."""
-    anatomy = backbone.anatomy
-    blocks = [block for stack in anatomy.blocks for block in stack]
-    with ExitStack() as stack:
-        shapes = stack.enter_context(watched(backbone.model, [*blocks, *anatomy.linear]))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluating(backbone.model))
-        backbone.model(**tiny_inputs(backbone.model))
-    groups: dict[tuple[str, str | None], list[str]] = {}
-    for name in shapes:
-        if name in set(anatomy.linear):
-            block = next(block for block in blocks if name.startswith(block + "."))
-            groups.setdefault((block, anatomy.attention_of(name)), []).append(name)
-    return list(_sublayers(backbone, groups, shapes))
+    anatomy, seen = backbone.anatomy, backbone.anatomy.trace
+    if seen is None:
+        return []
+    modules = dict(backbone.model.named_modules())
+    return list(_Finder(anatomy, seen, modules).sublayers())
 
 
-def _sublayers(
-    backbone: Backbone, groups: dict[tuple[str, str | None], list[str]], shapes: dict[str, tuple[int, int]]
-) -> Iterator[Sublayer]:
-    for (block, attention), names in groups.items():
-        width = shapes[block][0]
-        writers = [name for name in names if shapes[name][1] == width]
-        if writers:
-            layer = backbone.anatomy.block_of(block)
-            assert layer is not None
-            yield Sublayer(attention is not None, layer, names[0], writers[-1], width)
+class _Finder:
+    def __init__(self, anatomy: Anatomy, seen: Trace, modules: dict[str, nn.Module]) -> None:
+        self.anatomy, self.seen, self.modules = anatomy, seen, modules
+        self.layers = [name for name in seen.calls if name in modules and is_layer(modules[name])]
 
+    def sublayers(self) -> Iterator[Sublayer]:
+        for stack in self.anatomy.blocks:
+            for index, block in enumerate(stack):
+                if block in self.seen.calls or any(is_within(name, block) for name in self.seen.calls):
+                    for writer in self.writers(block):
+                        yield self.sublayer(writer, block, index)
 
-@contextmanager
-def watched(model: nn.Module, names: list[str]) -> Iterator[dict[str, tuple[int, int]]]:
-    """The (input width, output width) of each named module, in the order of their (last) calls."""
-    shapes: dict[str, tuple[int, int]] = {}
+    def writers(self, block: str) -> list[str]:
+        """The modules that write the residual stream in this block."""
+        seen = [self.whole(name, block) for name in self.seen.writers if is_within(name, block) and name != block]
+        return list(dict.fromkeys(seen)) or self.last_layers(block) or [block]
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            result = output if isinstance(output, Tensor) else first_tensor(tuple(output), {})
-            shapes.pop(name, None)
-            shapes[name] = (first_tensor(args, kwargs).shape[-1], result.shape[-1])
+    def whole(self, writer: str, block: str) -> str:
+        """The writer, or the mixture of experts that it is but one expert of."""
+        parts = writer.split(".")
+        for end in range(len(parts) - 1, block.count(".") + 1, -1):
+            parent = self.modules[".".join(parts[:end])]
+            if isinstance(parent, nn.ModuleList | nn.ModuleDict) and len(parent) in self.anatomy.expert_counts:
+                return self.called(".".join(parts[: end - 1]))
+        return writer
 
-        return hook
+    def called(self, name: str) -> str:
+        while name not in self.seen.calls:
+            name = name.rpartition(".")[0]
+        return name
 
-    handles = [model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in names]
-    try:
-        yield shapes
-    finally:
-        for handle in handles:
-            handle.remove()
+    def last_layers(self, block: str) -> list[str]:
+        """The last layer as wide as the block's input, of each attention and of the rest."""
+        width = self.call(block).input_shape[-1:]
+        groups: dict[str | None, str] = {}
+        for name in self.layers:
+            if is_within(name, block) and self.seen.calls[name].output_shape[-1:] == width:
+                groups[self.anatomy.attention_of(name)] = name
+        return list(groups.values())
+
+    def sublayer(self, writer: str, block: str, index: int) -> Sublayer:
+        attention = self.anatomy.attention_of(writer)
+        holds = [a for a in self.anatomy.attention if is_within(a, writer) and writer != block]
+        shape, axis = self.call(writer).output_shape, self.feature_axis(writer)
+        size = shape[axis] if shape else 0
+        return Sublayer(attention is not None or bool(holds), index, self.reader(writer, block), writer, size, axis)
+
+    def reader(self, writer: str, block: str) -> str:
+        """The first layer called of the writer's group; a mixture of experts, or a block, reads its own input."""
+        if not is_layer(self.modules[writer]):
+            return writer
+        attention = self.anatomy.attention_of(writer)
+        return next(n for n in self.layers if is_within(n, block) and self.anatomy.attention_of(n) == attention)
+
+    def feature_axis(self, writer: str) -> int:
+        """1 where the output is an image or a sequence laid out as a convolution does, else the last."""
+        shape = self.call(writer).output_shape
+        channels = {m.out_channels for m in self.modules[writer].modules() if isinstance(m, CONVOLUTIONS)}
+        is_image = len(shape) == 4 or isinstance(self.modules[writer], CONVOLUTIONS)
+        return 1 if is_image and len(shape) > 2 and shape[1] in channels else -1
+
+    def call(self, name: str) -> Call:
+        return self.seen.calls[name] if name in self.seen.calls else Call((), ())

@@ -8,11 +8,27 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-from lightsft.anatomy import is_linear
+from lightsft.anatomy import Weight, is_linear
 from lightsft.backbone import Backbone
+from lightsft.dry_run import input_embeddings
 from lightsft.errors import TargetError
 
-KEYWORDS = ("linear", "attention", "mlp", "embedding")
+KEYWORDS = ("linear", "attention", "mlp", "experts", "router", "embedding")
+
+
+def select_weights(
+    backbone: Backbone, targets: str | Sequence[str], *, layers: Sequence[int] | None = None
+) -> list[Weight]:
+    """The matrix weights and embedding tables that `targets` means, in the model's order; never the task head's.
+
+    A target is "linear" (every linear map in the blocks: linear layers, convolutions, experts; not the routers),
+    "attention" or "mlp" (those inside, those outside the blocks' attentions), "experts", "router", "embedding" (the
+    token embedding), the name of a module or parameter or the end of it ("q_proj", "experts.gate_up_proj"), or a
+    regular expression for the whole name. `layers` keeps only blocks with these indices; negative ones count from the
+    end. Every target must match something: TargetError otherwise.
+    """
+    weights = backbone.anatomy.weights
+    return [weights[name] for name in _select(backbone, targets, layers, list(weights))]
 
 
 def select_modules(
@@ -22,15 +38,15 @@ def select_modules(
     layers: Sequence[int] | None = None,
     servable: Callable[[nn.Module], bool] = is_linear,
 ) -> list[str]:
-    """Names of the modules that `targets` means, in the model's order; the task head is never among them.
-
-    A target is "linear" (every linear layer in the blocks), "attention" or "mlp" (those inside, those outside the
-    blocks' attentions), "embedding" (the token embedding), a module's name or the end of it ("q_proj",
-    "self_attn.q_proj"), or a regular expression for the whole name. `layers` keeps only blocks with these indices;
-    negative ones count from the end. Every target must match something: TargetError otherwise.
-    """
+    """The same among the modules that are `servable`, for strategies that need a layer to be called."""
     head = {name.rpartition(".")[0] for name in backbone.head}
     available = [n for n, module in backbone.model.named_modules() if servable(module) and n not in head]
+    return _select(backbone, targets, layers, available)
+
+
+def _select(
+    backbone: Backbone, targets: str | Sequence[str], layers: Sequence[int] | None, available: list[str]
+) -> list[str]:
     chosen: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         matched = _matches(backbone, target, available)
@@ -86,10 +102,26 @@ def _matches(backbone: Backbone, target: str, available: list[str]) -> set[str]:
         return {name for name in anatomy.linear if anatomy.attention_of(name)} & set(available)
     if target == "mlp":
         return {name for name in anatomy.linear if not anatomy.attention_of(name)} & set(available)
+    if target == "experts":
+        return {name for name in anatomy.linear if _is_expert(backbone, name)} & set(available)
+    if target == "router":
+        return set(anatomy.routers) & set(available)
     if target == "embedding":
-        embeddings = backbone.model.get_input_embeddings()
+        embeddings = input_embeddings(backbone.model)
         return {name for name in available if backbone.module(name) is embeddings}
     return {name for name in available if _ends_with(name, target)} or _regex_matches(target, available)
+
+
+def _is_expert(backbone: Backbone, name: str) -> bool:
+    """One of the matrices of an expert tensor, or a layer in a list of as many modules as there are experts."""
+    weight = backbone.anatomy.weights.get(name)
+    if weight is not None and weight.experts:
+        return True
+    counts = backbone.anatomy.expert_counts
+    return any(
+        isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) in counts
+        for module in map(backbone.module, _ancestors(name))
+    )
 
 
 def _ends_with(name: str, ending: str) -> bool:

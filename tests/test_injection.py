@@ -352,7 +352,7 @@ def place(backbone, *, times=1, then=None):
     name = "model.layers.0.self_attn.q_proj"
     with injecting(LoRA(), backbone, 0) as injection:
         for _ in range(times):
-            injection.add_side(name, LoRA()._side(backbone, name, 0))
+            injection.add_side(name, LoRA()._side(backbone.module(name), 8, 2.0, torch.Generator()))
         if then is not None:
             raise then
     return injection
@@ -367,8 +367,8 @@ def test_a_strategy_that_fails_midway_takes_its_own_back():
     assert place(backbone).parameters()
 
 
-def test_one_module_carries_one_side():
-    with pytest.raises(InjectionError, match="already carries a side"):
+def test_two_sides_of_one_name_on_one_module_are_refused():
+    with pytest.raises(InjectionError, match="two tensors named"):
         place(Backbone(tiny("llama")), times=2)
 
 

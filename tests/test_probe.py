@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightsft import Backbone, injecting
+from lightsft.dry_run import tiny_inputs
 from lightsft.errors import InjectionError
 from lightsft.primitives import Side
 from lightsft_adapters import Full, LoRA
@@ -157,16 +158,19 @@ def with_a_module_that_is_read_but_never_called():
     return model
 
 
-def test_a_module_that_is_read_but_never_called_is_left_out_by_name():
-    injection = LoRA().inject(Backbone(with_a_module_that_is_read_but_never_called()))
-    assert injection.skipped == ["bert.encoder.layer.0.attention.self.direct"]
-    assert not [name for name in injection.named_parameters() if ".direct." in name]
-
-
-def test_a_strategy_all_of_whose_modules_are_never_called_is_refused():
-    model = with_a_module_that_is_read_but_never_called()
-    with pytest.raises(InjectionError, match="direct"):
-        LoRA(targets="direct").inject(Backbone(model))
+@pytest.mark.parametrize("targets", ["linear", "direct"])
+def test_a_module_that_is_read_but_never_called_is_served_through_its_weight(targets):
+    injection = LoRA(targets=targets).inject(Backbone(with_a_module_that_is_read_but_never_called()))
+    name = "bert.encoder.layer.0.attention.self.direct"
+    assert injection.skipped == []
+    assert f"{name}.lora_B.weight" in injection.named_parameters()
+    inputs = tiny_inputs(injection.model)
+    with torch.no_grad():
+        injection.named_parameters()[f"{name}.lora_B.weight"].normal_()
+        tuned = injection.model(**inputs).logits
+        with injection.disabled():
+            assert not torch.allclose(injection.model(**inputs).logits, tuned, atol=1e-4)
+        assert torch.allclose(injection.merge()(**inputs).logits, tuned, atol=1e-5)
 
 
 def with_an_unused_tower():

@@ -91,14 +91,15 @@ class Adapter:
                 f"reduction_factor={self.reduction_factor} leaves no bottleneck in a width of {sublayer.size}",
                 expected=f"a reduction_factor of at most {sublayer.size}",
             )
-        return BottleneckSide(sublayer.size, bottleneck, self, generator(seed, sublayer.writes))
+        return BottleneckSide(sublayer.size, bottleneck, self, generator(seed, sublayer.writes), sublayer.axis)
 
 
 class BottleneckSide(Side):
     """h + A(z). U, u and d start at zero, so training starts from the backbone's own function."""
 
-    def __init__(self, size: int, bottleneck: int, options: Adapter, random: torch.Generator) -> None:
+    def __init__(self, size: int, bottleneck: int, options: Adapter, random: torch.Generator, axis: int = -1) -> None:
         super().__init__()
+        self.axis = axis  # of the output, along which its features lie: 1 after a convolution
         self.parallel = options.placement == "parallel"
         self.norm_before = nn.LayerNorm(size) if options.layer_norm_before else nn.Identity()
         self.down = nn.Linear(size, bottleneck, dtype=torch.float32)
@@ -115,10 +116,10 @@ class BottleneckSide(Side):
 
     def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         """`output` is h; `inputs` is what the feed-forward reads when parallel, and unused otherwise."""
-        z = inputs if self.parallel else output
+        z = (inputs if self.parallel else output).movedim(self.axis, -1)
         hidden = self.activation(_linear(self.down, _norm(self.norm_before, z)))
         change = self.dropout(_linear(self.up, hidden) * self.scaling)
-        return output + _norm(self.norm_after, change).to(output.dtype)
+        return output + _norm(self.norm_after, change).to(output.dtype).movedim(-1, self.axis)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightsft import Backbone, Injection, injecting
-from lightsft.anatomy import is_linear
+from lightsft.anatomy import Weight
+from lightsft.dry_run import input_embeddings
 from lightsft.errors import ConfigurationError, TargetError
-from lightsft.primitives import Side
+from lightsft.primitives import Side, WeightDelta
 from lightsft.seeding import generator
-from lightsft.targets import by_pattern, select_modules, select_parameters
+from lightsft.targets import by_pattern, select_parameters, select_weights
 from lightsft_adapters.checks import above, at_least, one_of, probability
 from lightsft_adapters.peft_lora import read_peft_config, write_peft_config
 
@@ -80,9 +81,11 @@ class LoRA:
         """Put A and B beside every target of `backbone`."""
         with injecting(self, backbone, seed) as injection:
             whole = set(select_parameters(backbone, self.modules_to_save))
-            for name in select_modules(backbone, self.targets, layers=self.layers, servable=_servable):
-                if f"{name}.weight" not in whole:
-                    injection.add_side(name, self._side(backbone, name, seed))
+            for weight in select_weights(backbone, self.targets, layers=self.layers):
+                if backbone.anatomy.idle.intersection(weight.owners):
+                    injection.skip([weight.name])
+                elif not whole.intersection(weight.owners):
+                    self._place(injection, weight, seed)
             injection.unfreeze(whole)
         return injection
 
@@ -104,14 +107,22 @@ class LoRA:
         """The alpha for the module `name`."""
         return by_pattern(name, self.alpha_pattern.items(), self.alpha)
 
-    def _side(self, backbone: Backbone, name: str, seed: int) -> LoRASide | LoRAEmbeddingSide:
-        served, rank, alpha = backbone.module(name), self.rank_of(name), self.alpha_of(name)
+    def _place(self, injection: Injection, weight: Weight, seed: int) -> None:
+        """A side where a linear layer or an embedding is called, a delta on the weight everywhere else."""
+        rank, alpha = self.rank_of(weight.name), self.alpha_of(weight.name)
         scaling = alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
-        random = generator(seed, name)
-        if isinstance(served, nn.Embedding):
-            self._check_embedding(backbone, served, name)
-            return LoRAEmbeddingSide(served, rank, scaling, random)
-        _check_untied(backbone, served, name)
+        random = generator(seed, weight.name)
+        if weight.embedding:
+            self._check_embedding(injection.backbone, weight)
+            served: Any = injection.backbone.module(weight.name)
+            injection.add_side(weight.name, LoRAEmbeddingSide(served, rank, scaling, random))
+        elif weight.called:
+            injection.add_side(weight.name, self._side(injection.backbone.module(weight.name), rank, scaling, random))
+        else:
+            _check_untied(injection.backbone, weight)
+            injection.add_delta(weight, self._delta(injection.backbone, weight, rank, scaling, random))
+
+    def _side(self, served: nn.Module, rank: int, scaling: float, random: torch.Generator) -> LoRASide:
         options = {"dropout": self.dropout, "lora_plus_ratio": self.lora_plus_ratio}
         if self.dora:
             return DoRASide(served, rank, scaling, self.initialisation, random, **options)
@@ -119,11 +130,18 @@ class LoRA:
             return ResidualLoRASide(served, rank, scaling, self.initialisation, random, **options)
         return LoRASide(served, rank, scaling, self.initialisation, random, **options)
 
-    def _check_embedding(self, backbone: Backbone, served: nn.Embedding, name: str) -> None:
-        _check_untied(backbone, served, name)
+    def _delta(
+        self, backbone: Backbone, weight: Weight, rank: int, scaling: float, random: torch.Generator
+    ) -> LoRADelta:
+        kind = DoRADelta if self.dora else LoRADelta
+        parameter = backbone.model.get_parameter(weight.owners[0])
+        return kind(parameter, weight.experts, rank, scaling, self.initialisation, random, self.lora_plus_ratio)
+
+    def _check_embedding(self, backbone: Backbone, weight: Weight) -> None:
+        _check_untied(backbone, weight)
         if self.dora or self.initialisation in ("pissa", "olora"):
             raise ConfigurationError(
-                f"{'dora' if self.dora else self.initialisation} on the embedding {name}",
+                f"{'dora' if self.dora else self.initialisation} on the embedding {weight.name}",
                 expected="a plain LoRA on embeddings",
                 todo="leave the embedding out of the targets",
             )
@@ -203,11 +221,7 @@ class ResidualLoRASide(LoRASide):
         super().__init__(served, rank, scaling, "default", random, dropout=dropout, lora_plus_ratio=lora_plus_ratio)
         decompose = _principal if initialisation == "pissa" else _orthogonal
         b, a = decompose(matrix(served).float().cpu(), rank, scaling)
-        if a.shape != self.lora_A.weight.shape:
-            raise ConfigurationError(
-                f"rank={rank} on a weight of shape {tuple(matrix(served).shape)} with {initialisation}",
-                expected=f"a rank of at most {min(matrix(served).shape)}",
-            )
+        _check_rank(a.shape == self.lora_A.weight.shape, rank, initialisation, matrix(served))
         with torch.no_grad():
             self.lora_A.weight.copy_(a)
             self.lora_B.weight.copy_(b)
@@ -280,6 +294,90 @@ class DoRASide(LoRASide):
         return like_weight(served, scaled - weight)
 
 
+class LoRADelta(WeightDelta):
+    """W' = W + s B A for a weight that is read, not called.
+
+    A weight of more than two dimensions (a convolution's) counts as (out, everything else). An expert tensor
+    (experts, d1, d2), in either layout, has a pair for each expert: A (experts, rank, d2), B (experts, d1, rank).
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        experts: int,
+        rank: int,
+        scaling: float,
+        initialisation: str,
+        random: torch.Generator,
+        lora_plus_ratio: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.experts, self.scaling, self.lora_plus_ratio = experts, scaling, lora_plus_ratio
+        *batch, outputs, inputs = self.matrices(weight).shape
+        self.lora_A = _Factor(torch.empty(*batch, rank, inputs))
+        self.lora_B = _Factor(torch.zeros(*batch, outputs, rank))
+        if initialisation == "gaussian":
+            nn.init.normal_(self.lora_A.weight, std=1 / rank, generator=random)
+        elif initialisation == "default":  # Kaiming-uniform with a = sqrt(5): bounded by 1 / sqrt(inputs)
+            nn.init.uniform_(self.lora_A.weight, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=random)
+        else:
+            self._start_from(weight, initialisation)
+
+    def _start_from(self, weight: Tensor, initialisation: str) -> None:
+        """PiSSA or OLoRA: the start is kept and taken off again, so that W stays as it was."""
+        decompose = _principal if initialisation == "pissa" else _orthogonal
+        rank = self.lora_A.weight.shape[-2]
+        b, a = decompose(self.matrices(weight.detach()).float().cpu(), rank, self.scaling)
+        _check_rank(a.shape == self.lora_A.weight.shape, rank, initialisation, weight)
+        with torch.no_grad():
+            self.lora_A.weight.copy_(a)
+            self.lora_B.weight.copy_(b)
+        self.initial_A = nn.Parameter(a.clone(), requires_grad=False)
+        self.initial_B = nn.Parameter(b.clone(), requires_grad=False)
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """The weight as (out, in), or (experts, d1, d2)."""
+        return weight if self.experts else weight.flatten(1)
+
+    def delta(self) -> Tensor:
+        """s B A, or s (B A - B0 A0), in the shape of `matrices`."""
+        product: Tensor = self.lora_B.weight @ self.lora_A.weight
+        if hasattr(self, "initial_A"):
+            product = product - self.initial_B @ self.initial_A
+        return product * self.scaling
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W + s B A."""
+        return weight + self.delta().reshape(weight.shape).to(weight.dtype)
+
+    def learning_rate_ratio(self, name: str) -> float:
+        """LoRA+: B learns faster."""
+        return self.lora_plus_ratio if name.startswith("lora_B") else 1.0
+
+
+class DoRADelta(LoRADelta):
+    """W' = m V / ||V||, V = W + s B A, with a norm for each row of each matrix."""
+
+    def __init__(self, weight: Tensor, *args: Any, **options: Any) -> None:
+        super().__init__(weight, *args, **options)
+        norms = torch.linalg.norm(self.matrices(weight.detach()).float(), dim=-1)
+        self.lora_magnitude_vector = nn.Parameter(norms)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """M V / ||V||; the norm is a constant in the gradient."""
+        directions = self.matrices(weight).float() + self.delta()
+        scale = self.lora_magnitude_vector / torch.linalg.norm(directions.detach(), dim=-1)
+        return (directions * scale.unsqueeze(-1)).reshape(weight.shape).to(weight.dtype)
+
+
+class _Factor(nn.Module):
+    """One trained matrix, so that it is called `lora_A.weight` like every other."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
 class LoRAEmbeddingSide(Side):
     """y = E[ids] + s (B A)[:, ids]^T beside an embedding: A (rank, vocabulary), starting at zero, B (size, rank)."""
 
@@ -318,33 +416,36 @@ def like_weight(served: nn.Module, matrix_delta: Tensor) -> Tensor:
     return matrix_delta.T if isinstance(served, Conv1D) else matrix_delta
 
 
-def _servable(module: nn.Module) -> bool:
-    return is_linear(module) or isinstance(module, nn.Embedding)
-
-
-def _check_untied(backbone: Backbone, served: nn.Module, name: str) -> None:
-    """Merging into a weight that another module reads too would change that module."""
-    readers = [
-        other
-        for other, module in backbone.model.named_modules()
-        if "weight" in module._parameters and module._parameters["weight"] is served.weight
-    ]
-    if len(readers) > 1:
+def _check_untied(backbone: Backbone, weight: Weight) -> None:
+    """A weight that the input or output embeddings share is refused: merging would change both."""
+    model = backbone.model
+    ends = [module for module in (input_embeddings(model), model.get_output_embeddings()) if module is not None]
+    shared = backbone.model.get_parameter(weight.owners[0])
+    if len(weight.owners) > 1 and any(shared is parameter for module in ends for parameter in module.parameters()):
+        others = [owner.rpartition(".")[0] for owner in weight.owners]
         raise TargetError(
-            f"{name} shares its weight with {', '.join(r for r in readers if r != name)} (tied weights)",
+            f"{weight.name} shares its weight with {', '.join(o for o in others if o != weight.name)} (tied weights)",
             expected="targets with a weight of their own",
             todo="leave it out of the targets, or untie the model first (tie_word_embeddings=False)",
+        )
+
+
+def _check_rank(fits: bool, rank: int, initialisation: str, weight: Tensor) -> None:
+    if not fits:
+        raise ConfigurationError(
+            f"rank={rank} on a weight of shape {tuple(weight.shape)} with {initialisation}",
+            expected=f"a rank of at most {min(weight.shape)}",
         )
 
 
 def _principal(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """PiSSA: W = U S V^T; B0 = U sqrt(S / s), A0 = sqrt(S / s) V^T over the `rank` largest singular values."""
     u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    root = torch.sqrt(s[:rank] / scaling)
-    return u[:, :rank] * root, root[:, None] * vt[:rank]
+    root = torch.sqrt(s[..., :rank] / scaling)
+    return u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
 
 
 def _orthogonal(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """OLoRA: W = Q R; B0 = Q[:, :rank], A0 = R[:rank]."""
     q, r = torch.linalg.qr(weight)
-    return q[:, :rank], r[:rank]
+    return q[..., :rank], r[..., :rank, :]

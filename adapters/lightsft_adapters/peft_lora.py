@@ -15,7 +15,7 @@ from lightsft.anatomy import is_within
 from lightsft.artifact import PEFT_SETTINGS
 from lightsft.errors import ArtifactError
 from lightsft.files import write_json
-from lightsft.primitives import PlacedSide, Unfreezing
+from lightsft.primitives import PlacedDelta, PlacedSide, Unfreezing
 
 if TYPE_CHECKING:
     from lightsft_adapters.lora import LoRA
@@ -38,6 +38,10 @@ def write_peft_config(lora: LoRA, injection: Injection, directory: Path) -> None
     else than this injection, no configuration is written, so that PEFT refuses the folder.
     """
     whole, parts = _whole_modules(injection)
+    deltas = [primitive.name for primitive in injection.primitives if isinstance(primitive, PlacedDelta)]
+    if deltas:
+        logger.warning("PEFT cannot open %s (lightsft can): %s is read without a layer", directory, deltas[0])
+        return
     if parts or _any_tied(injection, whole):
         reason = f"{parts[0]} is trained without the rest of its module" if parts else "a trained weight is tied"
         logger.warning("PEFT cannot open %s (lightsft can): %s", directory, reason)

@@ -1,8 +1,24 @@
 """The few things a strategy can place on a backbone; each one knows how to disable, save, merge and remove itself."""
 
 from lightsft.primitives.attention_prefix import AttentionPrefix, PlacedPrefix
-from lightsft.primitives.base import Primitive
+from lightsft.primitives.base import Part, PlacedPart, Primitive
+from lightsft.primitives.buffer_state import BufferState
+from lightsft.primitives.input_gradient import InputGradient
 from lightsft.primitives.side import PlacedSide, Side
 from lightsft.primitives.unfreezing import Unfreezing
+from lightsft.primitives.weight_delta import PlacedDelta, WeightDelta
 
-__all__ = ["AttentionPrefix", "PlacedPrefix", "PlacedSide", "Primitive", "Side", "Unfreezing"]
+__all__ = [
+    "AttentionPrefix",
+    "BufferState",
+    "InputGradient",
+    "Part",
+    "PlacedDelta",
+    "PlacedPart",
+    "PlacedPrefix",
+    "PlacedSide",
+    "Primitive",
+    "Side",
+    "Unfreezing",
+    "WeightDelta",
+]

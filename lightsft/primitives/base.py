@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,6 +38,14 @@ class Primitive(ABC):
     def covers(self) -> set[str]:
         """Names of the backbone's parameters that it serves, for `Injection.coverage`."""
 
+    def sites(self) -> dict[str, str]:
+        """For each trainable parameter, the module that must run for it to get a gradient."""
+        return dict.fromkeys(self.trainable(), self.name)
+
+    def leave(self, names: list[str]) -> None:
+        """Stop training these parameters, which a forward pass never uses; some, never all, of its own."""
+        raise NotImplementedError(f"{type(self).__name__} is placed as a whole: {', '.join(names)} cannot be left out")
+
     def shapes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
         """The shapes that `load` accepts, by name; one unless a primitive has several forms on disk."""
         return {name: (tuple(tensor.shape),) for name, tensor in self.tensors().items()}
@@ -52,3 +62,83 @@ class Primitive(ABC):
     def learning_rate_ratio(self, name: str) -> float:
         """By how much the learning rate of the parameter `name` is multiplied (LoRA+)."""
         return 1.0
+
+
+class Part(nn.Module):
+    """Base of the modules that are placed on a backbone: what is saved of them, and how."""
+
+    mergeable: ClassVar[bool] = False
+    enabled: bool = True
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name: those that require a gradient when it is built."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved: the parameters, detached."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """The shapes `load` accepts for each saved tensor."""
+        return {name: (tuple(tensor.shape),) for name, tensor in self.tensors().items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Copy saved tensors into the parameters of the same names."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(tensors[name])
+
+    def learning_rate_ratio(self, name: str) -> float:
+        """By how much this parameter's learning rate is multiplied."""
+        return 1.0
+
+
+class PlacedPart(Primitive):
+    """A primitive whose tensors are those of one part, under `<name>.`."""
+
+    part: Part
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The part's trained parameters."""
+        return {f"{self.name}.{name}": parameter for name, parameter in self.part.trained().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the part saves."""
+        return {f"{self.name}.{name}": tensor for name, tensor in self.part.tensors().items()}
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """What the part accepts."""
+        return {f"{self.name}.{name}": shapes for name, shapes in self.part.shapes().items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Give the part its tensors back."""
+        self.part.load({name.removeprefix(f"{self.name}."): tensor for name, tensor in tensors.items()})
+
+    def enable(self, enabled: bool) -> None:
+        """A disabled part is not called at all."""
+        self.part.enabled = enabled
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the part can be written into the weight."""
+        return self.part.mergeable
+
+    def learning_rate_ratio(self, name: str) -> float:
+        """What the part says of its parameter."""
+        return self.part.learning_rate_ratio(name.removeprefix(f"{self.name}."))
+
+
+def free_name(module: nn.Module, wanted: str) -> str:
+    """A name that no child of `module` has: `wanted`, or `wanted` with a number."""
+    name, number = wanted, 1
+    while name in module._modules:
+        number += 1
+        name = f"{wanted}_{number}"
+    return name
+
+
+def drop_hook(hooks: dict[int, Any], with_kwargs: dict[int, bool], function: Any) -> None:
+    """Take every hook equal to `function` out of a module's hook table."""
+    for key in [key for key, hook in hooks.items() if hook == function]:
+        del hooks[key]
+        with_kwargs.pop(key, None)

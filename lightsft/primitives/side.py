@@ -1,28 +1,26 @@
 """A side module: a child of the module it serves, and a forward hook `side(served, inputs, output) -> output`.
 
-The hook finds the side on the module that it is called with, so deepcopy, pickling and fork work. Since only the
+The hook finds its sides on the module that it is called with, so deepcopy, pickling and fork work. Since only the
 input and the output matter, one side serves any layer type, and the served module keeps its class, its weight and
-its place in the state dict.
+its place in the state dict. Several sides on one module apply in the order in which they were placed.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightsft.errors import InjectionError
-from lightsft.primitives.base import Primitive
+from lightsft.dry_run import tensors_in
+from lightsft.primitives.base import Part, PlacedPart, drop_hook, free_name
 
 SIDE, TAP = "lightsft_side", "lightsft_tap"
 
 
-class Side(nn.Module):
-    """Base of side modules. Subclasses define `forward`, and `delta` when they are linear in the input."""
+class Side(Part):
+    """Base of side modules. Subclasses define `forward`, and `merged` or `delta` when a weight can express them."""
 
-    mergeable: ClassVar[bool] = False
-    enabled: bool = True
     tapped: Tensor | None = None  # the input of the module it reads, when that is not the one it serves
 
     def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
@@ -33,45 +31,32 @@ class Side(nn.Module):
         """What to add to `served.weight` for the same effect (fp32, its shape). Only of `mergeable` sides."""
         raise NotImplementedError(f"{type(self).__name__} is not linear in its input")
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What is saved: the parameters, detached."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """The shapes `load` accepts for each saved tensor."""
-        return {name: (tuple(tensor.shape),) for name, tensor in self.tensors().items()}
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Copy saved tensors into the parameters of the same names."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(tensors[name])
-
-    def learning_rate_ratio(self, name: str) -> float:
-        """By how much this parameter's learning rate is multiplied."""
-        return 1.0
+    def merged(self, served: nn.Module) -> dict[str, Tensor]:
+        """The served module's parameters, by name, as they must be without this side (fp32)."""
+        weight = served.weight
+        assert isinstance(weight, Tensor)
+        return {"weight": weight.float() + self.delta(served)}
 
 
-class PlacedSide(Primitive):
+class PlacedSide(PlacedPart):
     """A side on `model.get_submodule(name)`; with `reads`, its input is taken where that other module takes its own."""
 
     def __init__(self, model: nn.Module, name: str, side: Side, reads: str | None = None) -> None:
         self.name, self.reads, self.model = name, reads, model
-        if SIDE in self.served._modules:
-            raise InjectionError(
-                f"{name} already carries a side module",
-                expected="one side per module",
-                todo="name each target once",
-            )
-        reference = next((parameter for parameter in self.served.parameters()), None)
+        served = self.served
+        reference = next((parameter for parameter in served.parameters()), None)
         if reference is not None:
             side.to(reference.device)
-        self.served.add_module(SIDE, side.train(self.served.training))
-        self.served.register_forward_hook(run_side, with_kwargs=True)
+        if not sides_of(served, SIDE):
+            served.register_forward_hook(run_sides, with_kwargs=True)
+        self.child = free_name(served, SIDE)
+        served.add_module(self.child, side.train(served.training))
         if reads is not None:
             reader = model.get_submodule(reads)
-            reader.add_module(TAP, side)
-            reader.register_forward_pre_hook(run_tap, with_kwargs=True)
+            if not sides_of(reader, TAP):
+                reader.register_forward_pre_hook(run_taps, with_kwargs=True)
+            self.tap = free_name(reader, TAP)
+            reader.add_module(self.tap, side)
 
     @property
     def served(self) -> nn.Module:
@@ -81,89 +66,80 @@ class PlacedSide(Primitive):
     @property
     def side(self) -> Side:
         """The side module."""
-        side = self.served._modules[SIDE]
+        side = self.served._modules[self.child]
         assert isinstance(side, Side)
         return side
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The side's parameters."""
-        return {f"{self.name}.{name}": parameter for name, parameter in self.side.named_parameters()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What the side saves."""
-        return {f"{self.name}.{name}": tensor for name, tensor in self.side.tensors().items()}
-
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """What the side accepts."""
-        return {f"{self.name}.{name}": shapes for name, shapes in self.side.shapes().items()}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Give the side its tensors back."""
-        self.side.load({name.removeprefix(f"{self.name}."): tensor for name, tensor in tensors.items()})
-
-    def enable(self, enabled: bool) -> None:
-        """A disabled side is not called at all."""
-        self.side.enabled = enabled
+    @property
+    def part(self) -> Part:  # type: ignore[override]
+        """The side module."""
+        return self.side
 
     def covers(self) -> set[str]:
         """The parameters of the served module."""
         return {f"{self.name}.{name}" for name, _ in self.served.named_parameters() if not name.startswith((SIDE, TAP))}
 
-    @property
-    def mergeable(self) -> bool:
-        """Whether the side is linear in its input."""
-        return self.side.mergeable
-
     @torch.no_grad()
     def merge(self) -> None:
-        """W <- round(fp32(W) + delta), then remove the side."""
-        weight = self.served.weight
-        assert isinstance(weight, Tensor)
-        weight.copy_((weight.float() + self.side.delta(self.served)).to(weight.dtype))
+        """W <- round(what the side says, in fp32), then remove the side."""
+        for name, value in self.side.merged(self.served).items():
+            parameter = self.served.get_parameter(name)
+            parameter.copy_(value.to(parameter.dtype))
         self.remove()
 
     def remove(self) -> None:
-        """Take the hooks and the child module off again."""
-        _drop_hook(self.served._forward_hooks, self.served._forward_hooks_with_kwargs, run_side)
-        del self.served._modules[SIDE]
+        """Take the child module off again, and the hooks with the last one."""
+        served = self.served
+        del served._modules[self.child]
+        if not sides_of(served, SIDE):
+            drop_hook(served._forward_hooks, served._forward_hooks_with_kwargs, run_sides)
         if self.reads is not None:
             reader = self.model.get_submodule(self.reads)
-            _drop_hook(reader._forward_pre_hooks, reader._forward_pre_hooks_with_kwargs, run_tap)
-            del reader._modules[TAP]
-
-    def learning_rate_ratio(self, name: str) -> float:
-        """What the side says of its parameter."""
-        return self.side.learning_rate_ratio(name.removeprefix(f"{self.name}."))
+            del reader._modules[self.tap]
+            if not sides_of(reader, TAP):
+                drop_hook(reader._forward_pre_hooks, reader._forward_pre_hooks_with_kwargs, run_taps)
 
 
-def run_side(served: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-    """Forward hook of a served module."""
-    side = served._modules[SIDE]
-    assert isinstance(side, Side)
-    if not side.enabled:
+def sides_of(module: nn.Module, kind: str) -> list[Side]:
+    """The sides (or taps) on a module, in the order in which they were placed."""
+    return [child for name, child in module._modules.items() if name.startswith(kind) and isinstance(child, Side)]
+
+
+def run_sides(served: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a served module; of a tuple or dict of outputs, the first tensor is the one that counts."""
+    active = [side for side in sides_of(served, SIDE) if side.enabled]
+    if not active:
         return None
-    inputs = side.tapped if side.tapped is not None else first_tensor(args, kwargs)
-    side.tapped = None
-    result: Tensor = side(served, inputs, output)
-    return result
+    result = first_output(output)
+    for side in active:
+        inputs = side.tapped if side.tapped is not None else next(tensors_in((args, kwargs)), result)
+        side.tapped = None
+        result = side(served, inputs, result)
+    return with_first_output(output, result)
 
 
-def run_tap(reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def run_taps(reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a module whose input a side reads."""
-    side = reader._modules[TAP]
-    assert isinstance(side, Side)
-    side.tapped = first_tensor(args, kwargs) if side.enabled else None
+    for side in sides_of(reader, TAP):
+        side.tapped = next(tensors_in((args, kwargs)), None) if side.enabled else None
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The first tensor among a module's arguments."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise InjectionError("a served module was called without a tensor", expected="a module that takes a tensor")
+def first_output(output: Any) -> Tensor:
+    """The output itself, or the first tensor in a tuple, list or dict of outputs."""
+    if isinstance(output, Tensor):
+        return output
+    return next(tensors_in((output,)))
 
 
-def _drop_hook(hooks: dict[int, Any], with_kwargs: dict[int, bool], function: Any) -> None:
-    for key in [key for key, hook in hooks.items() if hook is function]:
-        del hooks[key]
-        with_kwargs.pop(key, None)
+def with_first_output(output: Any, replacement: Tensor) -> Any:
+    """The same outputs with the first tensor replaced; dicts (a ModelOutput too) are changed in place."""
+    if isinstance(output, Tensor):
+        return replacement
+    keys = list(output) if isinstance(output, dict) else range(len(output))
+    items = [output[key] for key in keys]
+    place = next(index for index, value in enumerate(items) if next(tensors_in((value,)), None) is not None)
+    items[place] = with_first_output(items[place], replacement)
+    if isinstance(output, dict):
+        output[list(output)[place]] = items[place]
+        return output
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)

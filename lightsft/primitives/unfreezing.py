@@ -55,6 +55,10 @@ class Unfreezing(Primitive):
         """The unfrozen parameters themselves."""
         return {name: self.model.get_parameter(name) for name in self.names}
 
+    def sites(self) -> dict[str, str]:
+        """The modules that own them."""
+        return {name: name.rpartition(".")[0] for name in self.names}
+
     def leave(self, names: list[str]) -> None:
         """Stop training some of them: a forward pass never uses them."""
         for name in names:
