@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lightsft.anatomy import Anatomy, find_blocks, head_parameters, read_anatomy
 from lightsft.device import choose_device, choose_dtype
-from lightsft.dry_run import candidate_inputs, find_moving_buffers
+from lightsft.dry_run import candidate_inputs, find_moving_buffers, tiny_inputs
 from lightsft.errors import BackboneError
 from lightsft.quiet import quiet
 from lightsft.trace import Trace, trace
@@ -125,6 +125,18 @@ class Backbone:
     def example(self) -> Mapping[str, Any] | None:
         """Keyword arguments for one tiny forward pass, or None where none of those that were tried runs."""
         return self._dry_run[0]
+
+    def examples_of(self, tokens: int, start: int = 0) -> Iterator[Mapping[str, Any]]:
+        """Examples of batch size 1 to try in turn: so many tokens, where the model takes token ids, then the usual one.
+
+        Another choice of tokens for each `start`.
+        """
+        example = self.example or {}
+        if self._example is None and "input_ids" in example and example.keys() == tiny_inputs(self.model).keys():
+            yield tiny_inputs(self.model, tokens=tokens, decoder_tokens=tokens, start=start)
+        yield {
+            name: value[:1] if isinstance(value, Tensor) and value.dim() else value for name, value in example.items()
+        }
 
     @cached_property
     def moving_buffers(self) -> list[str]:

@@ -74,7 +74,7 @@ def _text_inputs(model: PreTrainedModel, tokens: int, decoder_tokens: int, start
 
 def _positions(model: PreTrainedModel) -> int:
     """How many positions the model has, 0 where it does not say."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0)
+    return max(0, int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0))
 
 
 def input_embeddings(model: PreTrainedModel) -> nn.Module | None:

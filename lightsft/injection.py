@@ -31,6 +31,7 @@ from lightsft.primitives import (
     AttentionPrefix,
     BufferState,
     InputGradient,
+    MixedPrefix,
     PlacedDelta,
     PlacedPrefix,
     PlacedSide,
@@ -39,6 +40,7 @@ from lightsft.primitives import (
     Unfreezing,
     WeightDelta,
 )
+from lightsft.primitives.attention_prefix import AttentionCall
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +99,10 @@ class Injection:
         """Put `side` on the module `name`; with `reads`, it sees the input of that other module."""
         self.place(PlacedSide(self.model, name, side, reads))
 
-    def add_prefix(self, name: str, prefix: AttentionPrefix) -> None:
-        """Put trained keys and values on the attention module `name`."""
-        self.place(PlacedPrefix(self.model, name, prefix))
+    def add_prefix(self, call: AttentionCall, prefix: AttentionPrefix) -> None:
+        """Put trained keys and values on the attention module that made `call`."""
+        kind = PlacedPrefix if call.registered else MixedPrefix
+        self.place(kind(self.model, call.name, prefix))
 
     def require_input_gradient(self) -> None:
         """Let gradients pass through layers that only compute them when their input wants one."""

@@ -43,7 +43,7 @@ def probe(injection: Injection) -> None:
         called = frozenset(running)
         _drop_what_never_ran(injection, called)
         _check_gradients(injection, called)
-        if not _changes(injection, outputs, seen.outputs):
+        if not _changes(injection, outputs, seen.outputs) and not _changes_without_zeros(injection, example):
             raise InjectionError(
                 f"{type(injection.strategy).__name__} has no effect on the output of {type(model).__name__}",
                 expected="an output that changes when trainable tensors do",
@@ -98,6 +98,24 @@ def _changes(injection: Injection, outputs: Sequence[Tensor], plain: Sequence[Te
     if any(p.grad is not None and p.grad.any() for part in _own(injection) for p in part.trainable().values()):
         return True  # too small to see in the output of this model, but there
     return not all(torch.equal(a, b.to(a.dtype)) for a, b in zip(outputs, plain, strict=True))
+
+
+def _changes_without_zeros(injection: Injection, example: Mapping[str, Any]) -> bool:
+    """The same once weights that are all zero hide nothing, as a fresh layer's may."""
+    own = {id(parameter) for parameter in injection.parameters()}
+    zeros = [p for p in injection.model.parameters() if p.is_floating_point() and id(p) not in own and not p.any()]
+    with torch.no_grad():
+        for number, parameter in enumerate(zeros):
+            noise = torch.randn(parameter.shape, generator=generator(0, str(number)))
+            parameter.add_(noise.to(parameter), alpha=0.02)
+    try:
+        with _without_its_own(injection), torch.no_grad():
+            plain = predictions(injection.model(**example))
+        return _changes(injection, _backward(injection, example), plain)
+    finally:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.zero_()
 
 
 def _own(injection: Injection) -> list[Primitive]:

@@ -114,6 +114,7 @@ class _Watcher(TorchFunctionMode):
         self.weighted = {
             name for name, module in model.named_modules() if any(p.ndim >= 2 for p in module.parameters())
         }
+        self.parametrised = {name for name, module in model.named_modules() if any(True for _ in module.parameters())}
         self.inside: list[str] = []
         self.marks = WeakIdKeyDictionary()
         self.calls: dict[str, Call] = {}
@@ -208,7 +209,7 @@ class _Watcher(TorchFunctionMode):
             self._mark(result, _inherited(name, given, marks, result))
 
     def _attends(self, queries: int, keys: int) -> None:
-        holder = next((name for name in reversed(self.inside) if name in self.weighted), None)
+        holder = next((name for name in reversed(self.inside) if name in self.parametrised), None)
         if holder is not None:
             self.attentions[holder] = self.attentions.get(holder, False) or queries != keys
 

@@ -7,15 +7,16 @@ table E (num_virtual_tokens, hidden) and weights of its own for each attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightsft import Backbone, Injection, injecting
-from lightsft.dry_run import evaluating, tiny_inputs
+from lightsft.dry_run import evaluating
 from lightsft.errors import TargetError
 from lightsft.primitives import AttentionPrefix
 from lightsft.primitives.attention_prefix import AttentionCall, recorded_attention
@@ -61,15 +62,15 @@ class Prefix:
         """Put a prefix on each chosen attention of `backbone`."""
         with injecting(self, backbone, seed) as injection:
             for call in self._chosen(backbone, seed):
-                injection.add_prefix(call.name, self._prefix(call, generator(seed, call.name)))
+                injection.add_prefix(call, self._prefix(call, generator(seed, call.name)))
         return injection
 
     def _chosen(self, backbone: Backbone, seed: int) -> list[AttentionCall]:
-        calls = {call.name: call for call in _attention_calls(backbone, self.num_virtual_tokens, seed)}
+        calls = _attention_calls(backbone, self.num_virtual_tokens, seed)
         if not calls:
             raise TargetError(
-                f"no attention of {type(backbone.model).__name__} goes through transformers' attention registry",
-                expected="a model whose attention takes extra keys and values",
+                f"{type(backbone.model).__name__} has no attention that takes extra keys and values",
+                expected="a softmax over products of queries and keys, multiplied with values",
                 todo="use lora, adapter or full on this model",
             )
         wanted = None if self.layers is None else resolve_layers(backbone.anatomy.depth, self.layers)
@@ -143,11 +144,43 @@ def _initial(activations: Tensor, tokens: int, initialisation: str, random: torc
     return activations.float().cpu()[:, torch.arange(tokens) % length].clone()
 
 
-def _attention_calls(backbone: Backbone, tokens: int, seed: int) -> list[AttentionCall]:
-    model = backbone.model
-    with torch.no_grad(), evaluating(model), recorded_attention(model) as calls:
-        model(**tiny_inputs(model, tokens=tokens, decoder_tokens=tokens, start=seed))
-    return calls
+def _attention_calls(backbone: Backbone, tokens: int, seed: int) -> dict[str, AttentionCall]:
+    """The attentions of a forward pass by name, in order, those in heads and towers included.
+
+    Those that are not in the registry count only if another length of the input leaves their shapes as they are: what
+    looks like heads could be tokens.
+    """
+    calls = _recorded(backbone, tokens, seed)
+    if all(call.registered for call in calls.values()):
+        return calls
+    again = _recorded(backbone, tokens + 2, seed)
+    return {name: call for name, call in calls.items() if call.registered or _same_heads(call, again.get(name))}
+
+
+def _recorded(backbone: Backbone, tokens: int, seed: int) -> dict[str, AttentionCall]:
+    model, seen = backbone.model, backbone.anatomy.trace
+    sites = [site.name for site in seen.attentions] if seen is not None else []
+    *first, last = backbone.examples_of(tokens, seed)
+    for example in first:
+        with suppress(ValueError, RuntimeError, AssertionError):  # a length that the model does not take
+            return _recorded_on(model, sites, example)
+    return _recorded_on(model, sites, last)
+
+
+def _recorded_on(model: nn.Module, sites: Sequence[str], example: Mapping[str, Any]) -> dict[str, AttentionCall]:
+    found: dict[str, AttentionCall] = {}
+    with torch.no_grad(), evaluating(model), recorded_attention(model, sites) as calls:
+        model(**example)
+    for call in calls:
+        found.setdefault(call.name, call)
+    return found
+
+
+def _same_heads(one: AttentionCall, other: AttentionCall | None) -> bool:
+    return other is not None and (one.keys.shape[::2], one.values.shape[::2]) == (
+        other.keys.shape[::2],
+        other.values.shape[::2],
+    )
 
 
 def _place(backbone: Backbone, name: str, in_order: list[str]) -> str | None:

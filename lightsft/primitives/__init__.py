@@ -1,6 +1,6 @@
 """The few things a strategy can place on a backbone; each one knows how to disable, save, merge and remove itself."""
 
-from lightsft.primitives.attention_prefix import AttentionPrefix, PlacedPrefix
+from lightsft.primitives.attention_prefix import AttentionPrefix, MixedPrefix, PlacedPrefix
 from lightsft.primitives.base import Part, PlacedPart, Primitive
 from lightsft.primitives.buffer_state import BufferState
 from lightsft.primitives.input_gradient import InputGradient
@@ -12,6 +12,7 @@ __all__ = [
     "AttentionPrefix",
     "BufferState",
     "InputGradient",
+    "MixedPrefix",
     "Part",
     "PlacedDelta",
     "PlacedPart",

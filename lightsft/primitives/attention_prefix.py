@@ -3,14 +3,15 @@
 Transformers calls attention through a registry and hands the attention module to the function. For each
 implementation in use ("sdpa", "eager", ...) we register one more, which finds the prefix on the module, prepends its
 keys and values, extends the mask and the position bias, and calls the implementation that was there before. The
-KV cache is filled earlier, so it holds real tokens only, and a prefix works in any generation mode.
+KV cache is filled earlier, so it holds real tokens only, and a prefix works in any generation mode. Attention that does
+not go through the registry has its own route, in `lightsft.primitives.prefix_mixing`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,36 +22,43 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightsft.errors import InjectionError
-from lightsft.primitives.base import Primitive
+from lightsft.primitives.base import Part, PlacedPart, drop_hook
+from lightsft.primitives.prefix_mixing import PrefixMixing
 
 PREFIX = "lightsft_prefix"
 _REGISTERED = "lightsft_prefix_"
 
 
-class AttentionPrefix(nn.Module):
+class AttentionPrefix(Part):
     """Base of prefixes. Subclasses define `keys_and_values`."""
-
-    enabled: bool = True
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """Keys (heads, tokens, key size) and values (heads, tokens, value size), fp32."""
         raise NotImplementedError
 
 
-class PlacedPrefix(Primitive):
-    """A prefix on the attention module called `name`."""
+class PlacedPrefix(PlacedPart):
+    """A prefix on the attention module called `name`, whose attention goes through the registry."""
 
     def __init__(self, model: nn.Module, name: str, prefix: AttentionPrefix) -> None:
         self.name, self.model = name, model
         attention = self.attention
         if PREFIX in attention._modules:
             raise InjectionError(f"{name} already carries a prefix", expected="one prefix per attention")
-        config: Any = attention.config
-        self.previous: str = config._attn_implementation
         prefix.to(next(attention.parameters()).device)
         attention.add_module(PREFIX, prefix.train(attention.training))
+        self._connect()
+
+    def _connect(self) -> None:
+        config: Any = self.attention.config
+        self.previous: str = config._attn_implementation
         if not self.previous.startswith(_REGISTERED):
             _set_implementation(config, register(self.previous))
+
+    def _disconnect(self) -> None:
+        """The first one placed on a configuration also puts its implementation back."""
+        if not self.previous.startswith(_REGISTERED):
+            _set_implementation(self.attention.config, self.previous)
 
     @property
     def attention(self) -> nn.Module:
@@ -64,33 +72,48 @@ class PlacedPrefix(Primitive):
         assert isinstance(prefix, AttentionPrefix)
         return prefix
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The prefix's parameters. A module shared between prefixes shows under each of their names."""
-        return {f"{self.name}.{name}": parameter for name, parameter in self.prefix.named_parameters()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The parameters, detached."""
-        return {name: parameter.detach() for name, parameter in self.trainable().items()}
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Copy saved tensors into the parameters."""
-        for name, parameter in self.trainable().items():
-            parameter.copy_(tensors[name])
-
-    def enable(self, enabled: bool) -> None:
-        """A disabled prefix leaves keys, values and mask alone."""
-        self.prefix.enabled = enabled
+    @property
+    def part(self) -> Part:  # type: ignore[override]
+        """The prefix module."""
+        return self.prefix
 
     def covers(self) -> set[str]:
         """The parameters of the attention it extends."""
         return {f"{self.name}.{n}" for n, _ in self.attention.named_parameters() if not n.startswith(PREFIX)}
 
     def remove(self) -> None:
-        """Take the prefix off; the first one placed on a configuration also puts its implementation back."""
+        """Take the prefix off."""
+        self._disconnect()
         del self.attention._modules[PREFIX]
-        if not self.previous.startswith(_REGISTERED):
-            _set_implementation(self.attention.config, self.previous)
+
+
+class MixedPrefix(PlacedPrefix):
+    """A prefix on an attention that is written out as torch functions: mixed in while the module runs."""
+
+    def _connect(self) -> None:
+        self.attention.register_forward_pre_hook(_open)
+        self.attention.register_forward_hook(_close, always_call=True)
+
+    def _disconnect(self) -> None:
+        attention = self.attention
+        drop_hook(attention._forward_pre_hooks, attention._forward_pre_hooks_with_kwargs, _open)
+        drop_hook(attention._forward_hooks, attention._forward_hooks_with_kwargs, _close)
+        for key in [key for key in attention._forward_hooks_always_called if key not in attention._forward_hooks]:
+            del attention._forward_hooks_always_called[key]
+
+
+def _open(attention: nn.Module, args: Any) -> None:
+    prefix = attention._modules[PREFIX]
+    assert isinstance(prefix, AttentionPrefix)
+    mode = PrefixMixing(prefix.keys_and_values if prefix.enabled else None)
+    prefix.__dict__.setdefault("modes", []).append(mode)
+    mode.__enter__()
+
+
+def _close(attention: nn.Module, args: Any, output: Any) -> None:
+    prefix = attention._modules[PREFIX]
+    assert prefix is not None
+    prefix.__dict__["modes"].pop().__exit__(None, None, None)
 
 
 def register(implementation: str) -> str:
@@ -190,13 +213,48 @@ class AttentionCall:
     keys: Tensor
     values: Tensor
     query_length: int
+    registered: bool = True  # whether it goes through transformers' registry
 
 
 @contextmanager
-def recorded_attention(model: nn.Module) -> Iterator[list[AttentionCall]]:
-    """While it is open, every attention that goes through the registry notes what it was called with."""
-    names = {module: name for name, module in model.named_modules()}
+def recorded_attention(model: nn.Module, sites: Iterable[str] = ()) -> Iterator[list[AttentionCall]]:
+    """While it is open, attention through the registry, and in the modules `sites`, notes what it is called with."""
     calls: list[AttentionCall] = []
+    with ExitStack() as stack:
+        stack.enter_context(_recorded_registry(model, calls))
+        for name in sites:
+            stack.enter_context(_recorded_site(model, name, calls))
+        yield calls
+
+
+@contextmanager
+def _recorded_site(model: nn.Module, name: str, calls: list[AttentionCall]) -> Iterator[None]:
+    """Attention that is written out in one module."""
+    open_modes: list[PrefixMixing] = []
+
+    def record(keys: Tensor, values: Tensor, query_length: int) -> None:
+        if not any(call.name == name and call.registered for call in calls):
+            calls.append(AttentionCall(name, keys.detach(), values.detach(), query_length, registered=False))
+
+    def begin(module: nn.Module, args: Any) -> None:
+        open_modes.append(PrefixMixing(record=record))
+        open_modes[-1].__enter__()
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        open_modes.pop().__exit__(None, None, None)
+
+    module = model.get_submodule(name)
+    handles = [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _recorded_registry(model: nn.Module, calls: list[AttentionCall]) -> Iterator[None]:
+    names = {module: name for name, module in model.named_modules()}
     configs = {id(m.config): m.config for m in names if hasattr(getattr(m, "config", None), "_attn_implementation")}
     before = {key: config._attn_implementation for key, config in configs.items()}
 
@@ -217,7 +275,7 @@ def recorded_attention(model: nn.Module) -> Iterator[list[AttentionCall]]:
         for key, config in configs.items():
             if before[key]:
                 _set_implementation(config, f"lightsft_record_{before[key]}")
-        yield calls
+        yield
     finally:
         for key, config in configs.items():
             _set_implementation(config, before[key])
