@@ -101,8 +101,10 @@ class Injection:
 
     def add_prefix(self, call: AttentionCall, prefix: AttentionPrefix) -> None:
         """Put trained keys and values on the attention module that made `call`."""
-        kind = PlacedPrefix if call.registered else MixedPrefix
-        self.place(kind(self.model, call.name, prefix))
+        config = getattr(self.backbone.module(call.name), "config", None)
+        implementation = str(getattr(config, "_attn_implementation", None))
+        written_out = not call.registered or implementation in ("eager", "sdpa", "None")
+        self.place((MixedPrefix if written_out else PlacedPrefix)(self.model, call.name, prefix))
 
     def require_input_gradient(self) -> None:
         """Let gradients pass through layers that only compute them when their input wants one."""

@@ -167,7 +167,7 @@ class PrefixMixing(TorchFunctionMode):
         """The share of the prefix beside the scores in `tensor`, and what attention over it alone gives."""
         if self.prefix is None:
             return _Weights(scores)
-        keys, values = self.prefix()
+        keys, values = _for_heads(self.prefix(), scores.queries)
         by_head = _by_head(scores.queries, keys.shape[0])
         if (
             by_head is None
@@ -223,7 +223,7 @@ class PrefixMixing(TorchFunctionMode):
             self.record(_heads(key, key.shape[:-2]), _heads(value, value.shape[:-2]), query.shape[-2])
         if self.prefix is None:
             return func(query, key, value, attn_mask, dropout_p, is_causal, **options)
-        keys, values = self.prefix()
+        keys, values = _for_heads(self.prefix(), key)
         if is_causal:
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         if attn_mask is not None:
@@ -274,6 +274,16 @@ def _heads(tensor: Tensor, lead: torch.Size) -> Tensor:
     """(heads, length, size) of the first example: heads are the second dimension, or the first of three."""
     full = tensor.expand(*lead, *tensor.shape[-2:]) if tensor.dim() == len(lead) + 2 else tensor
     return full if full.dim() == 3 else full[0].flatten(1, -2)
+
+
+def _for_heads(prefix: KeysAndValues, tensor: Tensor) -> KeysAndValues:
+    """Keys and values repeated where the module has repeated its own: one for each group of heads of `tensor`."""
+    keys, values = prefix
+    heads = tensor.shape[1] if tensor.dim() == 4 else keys.shape[0]
+    if heads <= keys.shape[0] or heads % keys.shape[0]:
+        return prefix
+    times = heads // keys.shape[0]
+    return keys.repeat_interleave(times, 0), values.repeat_interleave(times, 0)
 
 
 def _by_head(queries: Tensor, heads: int) -> Tensor | None:
