@@ -218,18 +218,22 @@ def _weights(
 
 
 def _places(name: str, owners: tuple[str, ...], seen: Trace | None) -> Iterator[tuple[str, str]]:
-    """(parameter name, the called module inside which it is read), for each reader that was seen."""
+    """(parameter name, the called module inside which it is read), for each reader that was seen.
+
+    A reader inside another one is left to that one.
+    """
     modules = {owner.rpartition(".")[0]: owner for owner in owners}
     readers = set(seen.multiplied.get(name, ())) if seen is not None else set()
     if seen is None or not readers:  # nothing seen (an expert that no token reached, say): read where it is owned
         yield from ((owner, module) for module, owner in modules.items())
         return
-    for module, owner in modules.items():
-        if module in readers:
-            yield owner, module
+    found = {(owner, module) for module, owner in modules.items() if module in readers}
     strangers = sorted(readers - set(modules))
     for owner in owners if strangers else ():
-        yield owner, nearest_called(_common_ancestor({owner.rpartition(".")[0], *strangers}), seen.calls)
+        found.add((owner, nearest_called(_common_ancestor({owner.rpartition(".")[0], *strangers}), seen.calls)))
+    for owner, reader in sorted(found):
+        if not any(other != reader and own == owner and is_within(reader, other) for own, other in found):
+            yield owner, reader
 
 
 def _common_ancestor(names: set[str]) -> str:

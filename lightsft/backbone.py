@@ -19,8 +19,9 @@ from lightsft.anatomy import Anatomy, find_blocks, head_parameters, read_anatomy
 from lightsft.device import choose_device, choose_dtype
 from lightsft.dry_run import candidate_inputs, find_moving_buffers, tiny_inputs
 from lightsft.errors import BackboneError
+from lightsft.meta import weightless
 from lightsft.quiet import quiet
-from lightsft.trace import Trace, trace
+from lightsft.trace import Trace, meta_copy, trace
 
 if TYPE_CHECKING:
     from lightsft.injection import Injection
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification", "chat": "AutoModelForCausalLM"}
 SKETCH_TENSORS, SKETCH_VALUES = 24, 8
+LARGE = 100_000_000  # parameters
 
 
 class Backbone:
@@ -152,7 +154,7 @@ class Backbone:
         problems = []
         for inputs in candidate_inputs(self.model):
             try:
-                return inputs, trace(self.model, inputs, blocks)
+                return inputs, self._traced(inputs, blocks)
             except Exception as error:  # whatever a model's code raises on inputs that it does not take
                 problems.append(f"{type(error).__name__}: {error}")
         logger.warning(
@@ -167,6 +169,14 @@ class Backbone:
     def head(self) -> frozenset[str]:
         """Parameter names of the task head, which every strategy trains and saves whole."""
         return head_parameters(self.model) | self.fresh
+
+    def _traced(self, inputs: Mapping[str, Any], blocks: tuple[str, ...]) -> Trace:
+        """The trace, on a copy without weights where a pass through them takes long and they do not decide anything."""
+        if self.model.num_parameters() > LARGE:
+            light = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in inputs.items()}
+            with contextlib.suppress(Exception), weightless():  # control flow may depend on what weights hold
+                return trace(meta_copy(self.model), light, blocks)
+        return trace(self.model, inputs, blocks)
 
     def module(self, name: str) -> nn.Module:
         """The module with this dotted name."""

@@ -63,7 +63,7 @@ def tiny_inputs(
 def _text_inputs(model: PreTrainedModel, tokens: int, decoder_tokens: int, start: int) -> dict[str, Tensor]:
     inputs: dict[str, Any] = {"input_ids": _token_ids(model, tokens, start)}
     accepted = _accepted(model)
-    if "attention_mask" in accepted:
+    if "attention_mask" in accepted and model.device.type != "meta":  # models look at its values
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "use_cache" in accepted:
         inputs["use_cache"] = False
@@ -167,14 +167,17 @@ def find_moving_buffers(model: PreTrainedModel, inputs: Mapping[str, Any] | None
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     if not buffers or model.device.type == "meta":
         return []
-    before = {name: (buffer.clone(), buffer._version) for name, buffer in buffers.items()}
+    before = {name: (buffer, buffer.clone(), buffer._version) for name, buffer in buffers.items()}
     with evaluating(model):
         model.train()
         with contextlib.suppress(Exception):  # a batch of one is too small for some: what ran so far has been seen
             model(**(inputs or {}))
-    moved = [name for name, buffer in buffers.items() if buffer._version != before[name][1]]
-    for name in moved:
-        buffers[name].copy_(before[name][0])
+    moved = []
+    for name, (buffer, value, version) in before.items():
+        if model.get_buffer(name) is not buffer or buffer._version != version:
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._buffers[attribute] = buffer.copy_(value)
+            moved.append(name)
     normalised = {
         f"{path}.{name}"
         for path, module in model.named_modules()
@@ -195,6 +198,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def training_without_chance(model: nn.Module) -> Iterator[None]:
+    """Within it training mode, but no dropout and no moving statistics; evaluation mode on leaving."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 def _token_ids(model: PreTrainedModel, tokens: int, start: int) -> Tensor:

@@ -9,7 +9,7 @@ and listed in `injection.skipped`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightsft.anatomy import may_be_routed_to
-from lightsft.dry_run import candidate_inputs, evaluating, predictions
+from lightsft.dry_run import candidate_inputs, evaluating, predictions, training_without_chance
 from lightsft.errors import InjectionError
 from lightsft.injection import Injection
 from lightsft.primitives import Primitive, Unfreezing
@@ -39,11 +39,11 @@ def probe(injection: Injection) -> None:
         stack.enter_context(evaluating(model))
         stack.enter_context(_nudged(injection))
         running = stack.enter_context(_calls(injection))
-        outputs = _step(injection, example)
+        inputs, outputs = _step(injection, example)
         called = frozenset(running)
         _drop_what_never_ran(injection, called)
         _check_gradients(injection, called)
-        if not _changes(injection, outputs, seen.outputs) and not _changes_without_zeros(injection, example):
+        if not _changes(injection, inputs, outputs) and not _changes_without_zeros(injection, inputs):
             raise InjectionError(
                 f"{type(injection.strategy).__name__} has no effect on the output of {type(model).__name__}",
                 expected="an output that changes when trainable tensors do",
@@ -51,56 +51,71 @@ def probe(injection: Injection) -> None:
             )
 
 
-def _step(injection: Injection, example: Mapping[str, Any]) -> list[Tensor]:
-    """One forward and backward pass; returns the outputs. In training mode for models that insist on it."""
-    model = injection.model
-    try:
-        return _forward_backward(injection, example)
-    except AssertionError:  # a reversible network asserts in its backward pass that it trains
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm):
-                module.eval()
-    try:
-        for inputs in (example, *candidate_inputs(model)):
-            with suppress(ValueError):  # in training mode it may accept other lengths
-                return _forward_backward(injection, inputs)
-        return _forward_backward(injection, example)
-    finally:
-        model.eval()
+def _step(injection: Injection, example: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Tensor]]:
+    """One forward and backward pass; returns its inputs and outputs.
+
+    In training mode for models that insist on it, and on another input where this one gives no finite numbers: short
+    inputs leave some windows of attention without a single key.
+    """
+    found = _first_finite(injection, [example])
+    if found is None:
+        with training_without_chance(injection.model):
+            found = _first_finite(injection, [example, *candidate_inputs(injection.model)])
+    if found is None:
+        found = _first_finite(injection, candidate_inputs(injection.model))
+    if found is None:
+        found = example, _forward_backward(injection, example)
+        if not all(bool(torch.isfinite(output).all()) for output in found[1]):
+            raise InjectionError(
+                "the model's output is not finite", todo="try dtype='float32', or check the checkpoint"
+            )
+    return found
 
 
-def _forward_backward(injection: Injection, example: Mapping[str, Any]) -> list[Tensor]:
+def _first_finite(
+    injection: Injection, examples: Iterable[Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], list[Tensor]] | None:
+    """The first example on which output and gradients are finite. Errors are those of inputs the model refuses."""
+    for inputs in examples:
+        with suppress(AssertionError, ValueError):
+            outputs = _forward_backward(injection, inputs)
+            gradients = [p.grad for p in injection.parameters() if p.grad is not None]
+            if all(bool(torch.isfinite(tensor).all()) for tensor in [*outputs, *gradients]):
+                return inputs, outputs
+    return None
+
+
+def _forward_backward(injection: Injection, inputs: Mapping[str, Any]) -> list[Tensor]:
     own = [parameter for primitive in _own(injection) for parameter in primitive.trainable().values()]
-    outputs = _backward(injection, example)
+    outputs = _backward(injection, inputs)
     if all(parameter.grad is None for parameter in own):
         injection.require_input_gradient()  # reversible layers compute none unless their input wants one
-        outputs = _backward(injection, example)
+        outputs = _backward(injection, inputs)
     return outputs
 
 
-def _backward(injection: Injection, example: Mapping[str, Any]) -> list[Tensor]:
+def _backward(injection: Injection, inputs: Mapping[str, Any]) -> list[Tensor]:
     injection.model.zero_grad(set_to_none=True)
-    outputs = predictions(injection.model(**example))
+    outputs = predictions(injection.model(**inputs))
     loss = torch.stack([tensor.float().pow(2).mean() for tensor in outputs]).sum()
-    if not torch.isfinite(loss):
-        raise InjectionError("the model's output is not finite", todo="try dtype='float32', or check the checkpoint")
     if loss.requires_grad:
         loss.backward()
     return outputs
 
 
-def _changes(injection: Injection, outputs: Sequence[Tensor], plain: Sequence[Tensor]) -> bool:
-    """Whether the strategy, not its head alone, makes the output another than the backbone's own."""
-    if injection.backbone.head and _own(injection):  # the head was nudged too: compare with it in place
-        with torch.no_grad(), _without_its_own(injection):
-            plain = predictions(injection.model(**(injection.backbone.example or {})))
+def _changes(injection: Injection, inputs: Mapping[str, Any], outputs: Sequence[Tensor]) -> bool:
+    """Whether the strategy, not its head alone, makes the output another than the backbone's own.
+
+    A gradient that is not zero shows it too: of a deep untrained model, the output may be too small to tell.
+    """
     if any(p.grad is not None and p.grad.any() for part in _own(injection) for p in part.trainable().values()):
-        return True  # too small to see in the output of this model, but there
+        return True
+    with torch.no_grad(), _without_its_own(injection):
+        plain = predictions(injection.model(**inputs))
     return not all(torch.equal(a, b.to(a.dtype)) for a, b in zip(outputs, plain, strict=True))
 
 
-def _changes_without_zeros(injection: Injection, example: Mapping[str, Any]) -> bool:
+def _changes_without_zeros(injection: Injection, inputs: Mapping[str, Any]) -> bool:
     """The same once weights that are all zero hide nothing, as a fresh layer's may."""
     own = {id(parameter) for parameter in injection.parameters()}
     zeros = [p for p in injection.model.parameters() if p.is_floating_point() and id(p) not in own and not p.any()]
@@ -109,9 +124,7 @@ def _changes_without_zeros(injection: Injection, example: Mapping[str, Any]) -> 
             noise = torch.randn(parameter.shape, generator=generator(0, str(number)))
             parameter.add_(noise.to(parameter), alpha=0.02)
     try:
-        with _without_its_own(injection), torch.no_grad():
-            plain = predictions(injection.model(**example))
-        return _changes(injection, _backward(injection, example), plain)
+        return _changes(injection, inputs, _backward(injection, inputs))
     finally:
         with torch.no_grad():
             for parameter in zeros:

@@ -1,8 +1,8 @@
 """The sublayers of each block: the modules that write to the residual stream, and where each branch begins.
 
 A writer is a module whose output is added to what entered the module around it, as seen in the trace. Where no such
-sum is seen in a block, the last linear layer called in each attention and in the rest of the block counts as one if
-its output is as wide as the block's input; and where there is none either, the block itself.
+sum is seen for an attention, or for the rest of a block, the last linear layer called in it counts as one if its output
+is as wide as the block's input; and where there is none at all, the block itself.
 """
 
 from __future__ import annotations
@@ -53,7 +53,17 @@ class _Finder:
     def writers(self, block: str) -> list[str]:
         """The modules that write the residual stream in this block."""
         seen = [self.whole(name, block) for name in self.seen.writers if is_within(name, block) and name != block]
-        return list(dict.fromkeys(seen)) or self.last_layers(block) or [block]
+        widths = set(self.call(block).input_shape) | set(self.call(block).output_shape)
+        wide = [name for name in seen if not widths or self.call(name).output_shape[self.feature_axis(name)] in widths]
+        found = list(dict.fromkeys(wide))
+        served = {self.group(name) for name in found}
+        found += [name for group, name in self.last_layers(block).items() if group not in served]
+        return sorted(found, key=list(self.seen.calls).index) or [block]
+
+    def group(self, writer: str) -> str | None:
+        """The attention that a writer ends, None for a feed-forward."""
+        held = (attention for attention in self.anatomy.attention if is_within(attention, writer))
+        return self.anatomy.attention_of(writer) or next(held, None)
 
     def whole(self, writer: str, block: str) -> str:
         """The writer, or the mixture of experts that it is but one expert of."""
@@ -69,21 +79,20 @@ class _Finder:
             name = name.rpartition(".")[0]
         return name
 
-    def last_layers(self, block: str) -> list[str]:
-        """The last layer as wide as the block's input, of each attention and of the rest."""
+    def last_layers(self, block: str) -> dict[str | None, str]:
+        """The last layer as wide as the block's input, of each attention and of the rest (None)."""
         width = self.call(block).input_shape[-1:]
         groups: dict[str | None, str] = {}
         for name in self.layers:
             if is_within(name, block) and self.seen.calls[name].output_shape[-1:] == width:
                 groups[self.anatomy.attention_of(name)] = name
-        return list(groups.values())
+        return groups
 
     def sublayer(self, writer: str, block: str, index: int) -> Sublayer:
-        attention = self.anatomy.attention_of(writer)
-        holds = [a for a in self.anatomy.attention if is_within(a, writer) and writer != block]
+        attention = writer != block and self.group(writer) is not None
         shape, axis = self.call(writer).output_shape, self.feature_axis(writer)
         size = shape[axis] if shape else 0
-        return Sublayer(attention is not None or bool(holds), index, self.reader(writer, block), writer, size, axis)
+        return Sublayer(attention, index, self.reader(writer, block), writer, size, axis)
 
     def reader(self, writer: str, block: str) -> str:
         """The first layer called of the writer's group; a mixture of experts, or a block, reads its own input."""

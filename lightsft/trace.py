@@ -8,27 +8,32 @@ functions that are called, nothing from names.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightsft.dry_run import evaluating, predictions, tensors_in
+from lightsft.dry_run import evaluating, predictions, tensors_in, training_without_chance
 from lightsft.errors import InjectionError
 
 PRODUCTS = ("linear", "matmul", "mm", "einsum", "conv", "tensordot", "multi_head_attention_forward")
 ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 SELECTIONS = frozenset({"topk", "argmax", "max", "sort", "argsort"})
+JOINS = frozenset({"cat", "concat", "concatenate"})
 VIEWS = frozenset(
     {"__get__", "__getitem__", "view", "reshape", "transpose", "permute", "t", "swapaxes", "movedim", "flatten"}
     | {"unflatten", "squeeze", "unsqueeze", "expand", "contiguous", "to", "type", "float", "half", "bfloat16"}
     | {"double", "clone", "chunk", "split", "unbind", "select", "narrow", "index_select"}
 )
+
+
+ModelType = TypeVar("ModelType", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,6 @@ class Trace:
     attentions: tuple[AttentionSite, ...]
     selectors: Mapping[str, int]  # parameter whose product selects among experts -> how many there are
     writers: tuple[str, ...]  # modules whose output is added to the residual stream, in order
-    outputs: tuple[Tensor, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,44 @@ class _Mark:
     product_of: str | None = None  # the last matrix product on its way was with this parameter
     producer: str | None = None  # the module that returned it
     stream: bool = False  # it entered the running module from outside
-    scores: bool = False  # it is the product of two activations
+    scores: tuple[int, int] | None = None  # numbers of queries and keys, if it is the product of two activations
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any], blocks: tuple[str, ...]) -> Trace:
-    """Run `model(**inputs)` once in evaluation mode and report; the model is left as it was."""
+    """Run `model(**inputs)` in evaluation mode, and in training mode without chance, and report; leave it as it was.
+
+    What runs and in which order is that of evaluation; a weight counts as read wherever either mode reads it.
+    """
+    with evaluating(model):
+        seen = _watched(model, inputs, blocks)
+        with suppress(Exception), training_without_chance(model):  # in training some models refuse this input
+            trained = _watched(model, inputs, blocks)
+            return replace(
+                seen,
+                used=seen.used | trained.used,
+                multiplied={
+                    name: seen.multiplied.get(name, frozenset()) | trained.multiplied.get(name, frozenset())
+                    for name in (*seen.multiplied, *trained.multiplied)
+                },
+                selectors=dict(trained.selectors) | dict(seen.selectors),
+            )
+        return seen
+
+
+def meta_copy(model: ModelType) -> ModelType:
+    """The same modules on the meta device: no weight is copied, and a pass through them computes shapes only."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        is_weight = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
+    return copy.deepcopy(model, memo)
+
+
+def _watched(model: nn.Module, inputs: Mapping[str, Any], blocks: tuple[str, ...]) -> Trace:
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     watcher = _Watcher(model, blocks)
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
         stack.callback(_restore, model, trained)
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -93,7 +126,6 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], blocks: tuple[str, ...]) 
         attentions=tuple(AttentionSite(name, cross) for name, cross in watcher.attentions.items()),
         selectors=watcher.selectors,
         writers=tuple(watcher.writers),
-        outputs=tuple(output.detach() for output in outputs),
     )
 
 
@@ -194,12 +226,15 @@ class _Watcher(TorchFunctionMode):
         weights = [mark.parameter for mark in map(self._of, given) if mark.parameter is not None]
         self.multiplied.update(weights)
         matrices = [w for w in weights if self.model.get_parameter(w).ndim >= 2]
-        self._mark(result, _Mark(product_of=matrices[0] if matrices else None, scores=not matrices))
+        if matrices:
+            self._mark(result, _Mark(product_of=matrices[0]))
+        elif result.ndim >= 2:
+            self._mark(result, _Mark(scores=(result.shape[-2], result.shape[-1])))
 
     def _pass_on(self, name: str, given: list[Tensor], returned: list[Tensor]) -> None:
         marks = [self._of(tensor) for tensor in given]
-        if "softmax" in name and marks[0].scores:
-            self._attends(*given[0].shape[-2:])
+        if "softmax" in name and marks[0].scores is not None:
+            self._attends(*marks[0].scores)
         if name in SELECTIONS and marks[0].product_of is not None:
             self._select(marks[0].product_of, given[0].shape[-1])
         is_sum = name in ADDITIONS and len(given) >= 2 and self._in_block()
@@ -239,6 +274,8 @@ def _inherited(name: str, given: list[Tensor], marks: list[_Mark], result: Tenso
         if mark == _Mark():
             continue
         if name in VIEWS and tensor is given[0]:
+            return mark
+        if name in JOINS and tensor.shape[:-1] == result.shape[:-1]:  # scores beside those of a sink
             return mark
         if tensor.shape == result.shape:
             return replace(mark, parameter=None)
