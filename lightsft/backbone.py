@@ -154,7 +154,7 @@ class Backbone:
         problems = []
         for inputs in candidate_inputs(self.model):
             try:
-                return inputs, self._traced(inputs, blocks)
+                return inputs, self._traced_when_settled(inputs, blocks)
             except Exception as error:  # whatever a model's code raises on inputs that it does not take
                 problems.append(f"{type(error).__name__}: {error}")
         logger.warning(
@@ -169,6 +169,12 @@ class Backbone:
     def head(self) -> frozenset[str]:
         """Parameter names of the task head, which every strategy trains and saves whole."""
         return head_parameters(self.model) | self.fresh
+
+    def _traced_when_settled(self, inputs: Mapping[str, Any], blocks: tuple[str, ...]) -> Trace:
+        """The trace of a pass that leaves the modules as they were: some models replace a few on their first input."""
+        before = list(self.model.modules())
+        seen = self._traced(inputs, blocks)
+        return seen if list(self.model.modules()) == before else self._traced(inputs, blocks)
 
     def _traced(self, inputs: Mapping[str, Any], blocks: tuple[str, ...]) -> Trace:
         """The trace, on a copy without weights where a pass through them takes long and they do not decide anything."""

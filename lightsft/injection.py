@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -43,6 +43,7 @@ from lightsft.primitives import (
 from lightsft.primitives.attention_prefix import AttentionCall
 
 logger = logging.getLogger(__name__)
+LITTLE_COVERAGE = 0.9
 
 
 @runtime_checkable
@@ -57,6 +58,15 @@ class Strategy(Protocol):
 
     def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
         """Place the strategy on `backbone`; new tensors are initialised from (seed, module name)."""
+        ...
+
+
+@runtime_checkable
+class Rehearses(Protocol):
+    """A primitive that an ordinary input does not reach: rows for tokens that the model does not know yet."""
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Within it, any input reaches what it trains."""
         ...
 
 
@@ -75,6 +85,7 @@ class Injection:
         self._enabled = True
         self.skipped: list[str] = []
         self.unreachable: set[str] = set()  # weights of the backbone that no gradient can reach
+        self._rates: dict[str, float] = {}  # trainable tensor -> its learning rate over the strategy's
         self.sketch = backbone.sketch()
         self._trained_before = {name: p.requires_grad for name, p in backbone.model.named_parameters()}
         backbone.carries = type(strategy).__name__
@@ -93,6 +104,7 @@ class Injection:
 
     def add_delta(self, weight: Weight, delta: WeightDelta) -> None:
         """Put `delta` on a weight that is read without calling a layer."""
+        self._require_free(weight)
         self.place(PlacedDelta(self.model, weight, delta))
 
     def add_side(self, name: str, side: Side, *, reads: str | None = None) -> None:
@@ -106,6 +118,14 @@ class Injection:
         written_out = not call.registered or implementation in ("eager", "sdpa", "None")
         self.place((MixedPrefix if written_out else PlacedPrefix)(self.model, call.name, prefix))
 
+    def _require_free(self, weight: Weight) -> None:
+        if any(isinstance(primitive, PlacedDelta) and primitive.name == weight.name for primitive in self.primitives):
+            raise InjectionError(
+                f"two strategies would change {weight.name}, which is read without calling its layer",
+                expected="at most one of them on such a weight",
+                todo="give one of them other targets or layers",
+            )
+
     def require_input_gradient(self) -> None:
         """Let gradients pass through layers that only compute them when their input wants one."""
         embeddings = input_embeddings(self.model)
@@ -114,8 +134,11 @@ class Injection:
             self.place(InputGradient(self.model, name))
 
     def unfreeze(self, names: Iterable[str]) -> None:
-        """Train the backbone's parameters `names` in place, with those named before: there is one unfreezing."""
-        chosen = set(names)
+        """Train the backbone's parameters `names` in place, with those named before: there is one unfreezing.
+
+        What strategies have placed on the model meanwhile is none of its parameters.
+        """
+        chosen = {name for name in names if "lightsft" not in name}
         for earlier in [primitive for primitive in self.primitives if isinstance(primitive, Unfreezing)]:
             earlier.remove()
             self.primitives.remove(earlier)
@@ -175,6 +198,14 @@ class Injection:
             if not isinstance(primitive, Unfreezing):
                 yield from primitive.trainable().values()
 
+    def report_coverage(self) -> None:
+        """Say how much of the blocks is served, as a warning where it is little for a strategy that serves them all."""
+        share, skipped = self.coverage, len(self.skipped)
+        left = f"; {skipped} modules are left out, since no output depends on them" if skipped else ""
+        level = logging.INFO if share >= LITTLE_COVERAGE else logging.WARNING
+        kind = type(self.strategy).__name__
+        logger.log(level, "%s serves %.1f %% of the matrix weights in the blocks%s", kind, 100 * share, left)
+
     @property
     def mergeable(self) -> bool:
         """Whether `merge()` can fold all of it into the backbone's weights."""
@@ -189,7 +220,11 @@ class Injection:
     def learning_rate_ratio(self, name: str) -> float:
         """By how much the learning rate of the trainable tensor `name` is multiplied."""
         owner = next(primitive for primitive in self.primitives if name in primitive.trainable())
-        return owner.learning_rate_ratio(name)
+        return owner.learning_rate_ratio(name) * self._rates.get(name, 1.0)
+
+    def multiply_learning_rate(self, names: Iterable[str], ratio: float) -> None:
+        """Train these tensors `ratio` times as fast: a part of a combination that has a default of its own."""
+        self._rates |= {name: ratio * self._rates.get(name, 1.0) for name in names}
 
     # ---- using
 
@@ -235,7 +270,7 @@ class Injection:
     def _release(self) -> Backbone:
         self.primitives = []
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._trained_before[name])
+            parameter.requires_grad_(self._trained_before.get(name, True))  # an untied copy is new
             parameter.grad = None
         self.backbone.carries = None
         return self.backbone
@@ -296,7 +331,11 @@ def injecting(strategy: Strategy, backbone: Backbone, seed: int) -> Iterator[Inj
         if moving:
             injection.place(BufferState(backbone.model, moving))
         _check_placed(injection)
-        probe(injection)
+        with ExitStack() as stack:
+            for primitive in injection.primitives:
+                if isinstance(primitive, Rehearses):
+                    stack.enter_context(primitive.rehearsing())
+            probe(injection)
     except BaseException:
         injection.eject()
         raise

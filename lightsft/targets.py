@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -27,8 +28,23 @@ def select_weights(
     regular expression for the whole name. `layers` keeps only blocks with these indices; negative ones count from the
     end. Every target must match something: TargetError otherwise.
     """
+    by_name = dict(_by_every_name(backbone))
+    chosen: dict[str, Weight] = {}
+    for name in _select(backbone, targets, layers, list(by_name)):
+        chosen.setdefault(by_name[name].owners[0], by_name[name])
+    return list(chosen.values())
+
+
+def _by_every_name(backbone: Backbone) -> Iterator[tuple[str, Weight]]:
+    """Weights under their own names, then tied ones under those of the other modules that share them."""
     weights = backbone.anatomy.weights
-    return [weights[name] for name in _select(backbone, targets, layers, list(weights))]
+    yield from weights.items()
+    for weight in weights.values():
+        for owner in weight.owners[1:]:
+            module, _, attribute = owner.rpartition(".")
+            name = module if attribute == "weight" else owner
+            table = isinstance(backbone.module(module), nn.Embedding)
+            yield name, replace(weight, name=name, embedding=table)
 
 
 def select_modules(

@@ -65,9 +65,11 @@ class Adapter:
         """Put an adapter on each chosen sublayer of `backbone`."""
         with injecting(self, backbone, seed) as injection:
             for sublayer in self._chosen(backbone):
-                reads = sublayer.reads if self.placement == "parallel" else None
-                injection.add_side(sublayer.writes, self._side(sublayer, seed), reads=reads)
+                injection.add_side(sublayer.writes, self._side(sublayer, seed), reads=self._reads(sublayer))
         return injection
+
+    def _reads(self, sublayer: Sublayer) -> str | None:
+        return sublayer.reads if self.placement == "parallel" else None
 
     def _chosen(self, backbone: Backbone) -> list[Sublayer]:
         sublayers = find_sublayers(backbone)
@@ -91,28 +93,30 @@ class Adapter:
                 f"reduction_factor={self.reduction_factor} leaves no bottleneck in a width of {sublayer.size}",
                 expected=f"a reduction_factor of at most {sublayer.size}",
             )
-        return BottleneckSide(sublayer.size, bottleneck, self, generator(seed, sublayer.writes), sublayer.axis)
+        down = nn.Linear(sublayer.size, bottleneck, dtype=torch.float32)
+        up = nn.Linear(bottleneck, sublayer.size, dtype=torch.float32)
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5), generator=generator(seed, sublayer.writes))
+        for tensor in (down.bias, up.weight, up.bias):  # so training starts from the backbone's own function
+            nn.init.zeros_(tensor)
+        return BottleneckSide(sublayer.size, down, up, self, sublayer.axis)
 
 
 class BottleneckSide(Side):
-    """h + A(z). U, u and d start at zero, so training starts from the backbone's own function."""
+    """h + A(z). `down` and `up` are D with d and U with u: anything with a weight and a bias."""
 
-    def __init__(self, size: int, bottleneck: int, options: Adapter, random: torch.Generator, axis: int = -1) -> None:
+    def __init__(self, size: int, down: nn.Module, up: nn.Module, options: Adapter, axis: int = -1) -> None:
         super().__init__()
         self.axis = axis  # of the output, along which its features lie: 1 after a convolution
         self.parallel = options.placement == "parallel"
         self.norm_before = nn.LayerNorm(size) if options.layer_norm_before else nn.Identity()
-        self.down = nn.Linear(size, bottleneck, dtype=torch.float32)
+        self.down = down
         self.activation = ACT2FN[options.non_linearity]
-        self.up = nn.Linear(bottleneck, size, dtype=torch.float32)
+        self.up = up
         self.norm_after = nn.LayerNorm(size) if options.layer_norm_after else nn.Identity()
         self.dropout = nn.Dropout(options.dropout)
         self.scaling: Any = options.scaling
         if options.scaling == "learned":
             self.scaling = nn.Parameter(torch.ones(()))
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5), generator=random)
-        for tensor in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(tensor)
 
     def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         """`output` is h; `inputs` is what the feed-forward reads when parallel, and unused otherwise."""
@@ -122,7 +126,7 @@ class BottleneckSide(Side):
         return output + _norm(self.norm_after, change).to(output.dtype).movedim(-1, self.axis)
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+def _linear(layer: Any, x: Tensor) -> Tensor:
     """The layer in the type of `x`: small matrices are cast, never the activation."""
     return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 

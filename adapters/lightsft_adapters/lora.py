@@ -20,13 +20,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lightsft import Backbone, Injection, injecting
 from lightsft.anatomy import Weight
-from lightsft.dry_run import input_embeddings
-from lightsft.errors import ConfigurationError, TargetError
+from lightsft.errors import ConfigurationError
 from lightsft.primitives import Side, WeightDelta
 from lightsft.seeding import generator
 from lightsft.targets import by_pattern, select_parameters, select_weights
 from lightsft_adapters.checks import above, at_least, one_of, probability
 from lightsft_adapters.peft_lora import read_peft_config, write_peft_config
+from lightsft_adapters.tied import CHOICES, resolve_tied
 
 INITIALISATIONS = ("default", "gaussian", "pissa", "olora")
 
@@ -46,6 +46,8 @@ class LoRA:
     dora: learn magnitude and direction separately.
     lora_plus_ratio: the learning rate of B over that of A (2402.12354; 16 is the paper's value).
     modules_to_save: parts of the backbone to train whole, by name; they carry no update.
+    tied: what to do with a target whose weight the input or output embeddings share, since merging would change both:
+        "refuse", "skip" it, or "untie" it (it gets a copy of its own, which the merged checkpoint keeps).
     """
 
     rank: int = 8
@@ -60,6 +62,7 @@ class LoRA:
     dora: bool = False
     lora_plus_ratio: float = 1.0
     modules_to_save: Sequence[str] = ()
+    tied: str = "refuse"
 
     learning_rate: ClassVar[float] = 1e-3
 
@@ -71,6 +74,7 @@ class LoRA:
         above("lora_plus_ratio", self.lora_plus_ratio, 0)
         probability("dropout", self.dropout)
         one_of("initialisation", self.initialisation, INITIALISATIONS)
+        one_of("tied", self.tied, CHOICES)
         if self.dora and self.initialisation in ("pissa", "olora"):
             raise ConfigurationError(
                 f"dora=True together with initialisation={self.initialisation!r}",
@@ -85,8 +89,12 @@ class LoRA:
                 if backbone.anatomy.idle.intersection(weight.owners):
                     injection.skip([weight.name])
                 elif not whole.intersection(weight.owners):
-                    self._place(injection, weight, seed)
+                    served = resolve_tied(injection, weight, self.tied)
+                    if served is not None:
+                        self._place(injection, served, seed)
             injection.unfreeze(whole)
+        if self.targets == "linear" and self.layers is None:
+            injection.report_coverage()
         return injection
 
     def write_companions(self, injection: Injection, directory: Path) -> None:
@@ -113,13 +121,12 @@ class LoRA:
         scaling = alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
         random = generator(seed, weight.name)
         if weight.embedding:
-            self._check_embedding(injection.backbone, weight)
+            self._check_embedding(weight)
             served: Any = injection.backbone.module(weight.name)
             injection.add_side(weight.name, LoRAEmbeddingSide(served, rank, scaling, random))
         elif weight.called:
             injection.add_side(weight.name, self._side(injection.backbone.module(weight.name), rank, scaling, random))
         else:
-            _check_untied(injection.backbone, weight)
             injection.add_delta(weight, self._delta(injection.backbone, weight, rank, scaling, random))
 
     def _side(self, served: nn.Module, rank: int, scaling: float, random: torch.Generator) -> LoRASide:
@@ -137,8 +144,7 @@ class LoRA:
         parameter = backbone.model.get_parameter(weight.owners[0])
         return kind(parameter, weight.experts, rank, scaling, self.initialisation, random, self.lora_plus_ratio)
 
-    def _check_embedding(self, backbone: Backbone, weight: Weight) -> None:
-        _check_untied(backbone, weight)
+    def _check_embedding(self, weight: Weight) -> None:
         if self.dora or self.initialisation in ("pissa", "olora"):
             raise ConfigurationError(
                 f"{'dora' if self.dora else self.initialisation} on the embedding {weight.name}",
@@ -337,7 +343,7 @@ class LoRADelta(WeightDelta):
 
     def matrices(self, weight: Tensor) -> Tensor:
         """The weight as (out, in), or (experts, d1, d2)."""
-        return weight if self.experts else weight.flatten(1)
+        return matrices(weight, self.experts)
 
     def delta(self) -> Tensor:
         """s B A, or s (B A - B0 A0), in the shape of `matrices`."""
@@ -416,18 +422,9 @@ def like_weight(served: nn.Module, matrix_delta: Tensor) -> Tensor:
     return matrix_delta.T if isinstance(served, Conv1D) else matrix_delta
 
 
-def _check_untied(backbone: Backbone, weight: Weight) -> None:
-    """A weight that the input or output embeddings share is refused: merging would change both."""
-    model = backbone.model
-    ends = [module for module in (input_embeddings(model), model.get_output_embeddings()) if module is not None]
-    shared = backbone.model.get_parameter(weight.owners[0])
-    if len(weight.owners) > 1 and any(shared is parameter for module in ends for parameter in module.parameters()):
-        others = [owner.rpartition(".")[0] for owner in weight.owners]
-        raise TargetError(
-            f"{weight.name} shares its weight with {', '.join(o for o in others if o != weight.name)} (tied weights)",
-            expected="targets with a weight of their own",
-            todo="leave it out of the targets, or untie the model first (tie_word_embeddings=False)",
-        )
+def matrices(weight: Tensor, experts: int) -> Tensor:
+    """A weight that is read: (out, everything else), or an expert tensor (experts, d1, d2) as it is."""
+    return weight if experts else weight.flatten(1)
 
 
 def _check_rank(fits: bool, rank: int, initialisation: str, weight: Tensor) -> None:

@@ -6,6 +6,7 @@ from lightsft.primitives.buffer_state import BufferState
 from lightsft.primitives.input_gradient import InputGradient
 from lightsft.primitives.side import PlacedSide, Side
 from lightsft.primitives.unfreezing import Unfreezing
+from lightsft.primitives.untied import Untied
 from lightsft.primitives.weight_delta import PlacedDelta, WeightDelta
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "Primitive",
     "Side",
     "Unfreezing",
+    "Untied",
     "WeightDelta",
 ]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import lightsft
 from lightsft import Backbone
 from lightsft.errors import ConfigurationError, TargetError
 from lightsft_adapters import LoRA
@@ -160,6 +161,33 @@ def test_tied_output_embeddings_are_refused_by_name(name):
     model = tiny(name, tie_word_embeddings=True)
     with pytest.raises(TargetError, match=r"shares its weight with lm_head"):
         inject(model, targets="embedding")
+
+
+@pytest.mark.parametrize("target", ["embedding", "lm_head"])
+def test_an_untied_target_learns_alone_and_the_merge_keeps_it(tmp_path, target):
+    model = tiny("llama", tie_word_embeddings=True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    injection = randomise(inject(model, targets=target, tied="untie"))
+    tuned = logits(model)
+    ends = (model.model.embed_tokens.weight, model.lm_head.weight)
+    assert ends[0] is not ends[1]
+    injection.save(tmp_path / "adapter")
+    again = lightsft.load(tmp_path / "adapter", tiny("llama", tie_word_embeddings=True))
+    assert torch.equal(logits(again.model), tuned)
+    merged = again.merge()
+    assert off(logits(merged), tuned) <= EXACT
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "merged")), logits(merged))
+    injection.eject()
+    assert model.model.embed_tokens.weight is model.lm_head.weight
+    assert model.config.tie_word_embeddings
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_tied_target_is_skipped_and_reported_on_request():
+    injection = inject(tiny("llama", tie_word_embeddings=True), targets=["embedding", "q_proj"], tied="skip")
+    assert injection.skipped == ["model.embed_tokens"]
+    assert all("q_proj" in key for key in injection.named_parameters())
 
 
 def test_an_unknown_target_names_what_is_near():

@@ -1,0 +1,64 @@
+"""A weight of its own for a module that shared one: what is trained on it then leaves the other module alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightsft.primitives.base import Primitive
+
+
+class Untied(Primitive):
+    """The module called `name` gets a copy of the weight it shares. A merge keeps the copy; the model says so."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.name, self.model = name, model
+        self.shared = self._weight
+        self.own = nn.Parameter(self.shared.detach().clone(), requires_grad=False)
+        self.tied_before: dict[int, bool] = {}
+        self._use(self.own, tied=False)
+
+    @property
+    def _weight(self) -> nn.Parameter:
+        weight = self.model.get_submodule(self.name)._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    def _use(self, weight: nn.Parameter, *, tied: bool) -> None:
+        self.model.get_submodule(self.name)._parameters["weight"] = weight
+        config: Any = self.model.config
+        for part in {id(part): part for part in (config, config.get_text_config())}.values():
+            before = bool(getattr(part, "tie_word_embeddings", False))
+            self.tied_before.setdefault(id(part), before)
+            part.tie_word_embeddings = self.tied_before[id(part)] if tied else False
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Nothing: others train on it."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing: it starts as the weight that was shared."""
+        return {}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing to load."""
+
+    def enable(self, enabled: bool) -> None:
+        """The copy holds the same values as long as nothing is merged into it."""
+
+    def covers(self) -> set[str]:
+        """No parameter."""
+        return set()
+
+    @property
+    def mergeable(self) -> bool:
+        """The copy stays."""
+        return True
+
+    def merge(self) -> None:
+        """Nothing to do: the copy stays in its place."""
+
+    def remove(self) -> None:
+        """Share the weight again."""
+        self._use(self.shared, tied=True)
