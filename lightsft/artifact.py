@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from lightsft import registry
 from lightsft.backbone import Backbone, same_values
+from lightsft.dry_run import input_embeddings
 from lightsft.errors import ArtifactError, BackboneError, LightsftError
 from lightsft.files import write_file, write_json
 from lightsft.injection import Injection, Strategy
@@ -183,13 +184,25 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def options_of(strategy: Strategy) -> dict[str, Any]:
+    """A strategy's options as `registry.strategy` takes them; strategies among them by name, with their options."""
+    return {field.name: _plain(getattr(strategy, field.name)) for field in dataclasses.fields(strategy)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Strategy) and not isinstance(value, type):
+        return {"name": registry.name_of(value), **options_of(value)}
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
 def _settings(injection: Injection, task: Mapping[str, Any] | None) -> dict[str, Any]:
     backbone = injection.backbone
-    options = dataclasses.asdict(injection.strategy)
     return {
         "format": FORMAT,
         "strategy": registry.name_of(injection.strategy),
-        "options": options,
+        "options": options_of(injection.strategy),
         "seed": injection.seed,
         "task": dict(task) if task is not None else _task_of(backbone),
         "base": {
@@ -197,6 +210,7 @@ def _settings(injection: Injection, task: Mapping[str, Any] | None) -> dict[str,
             "class": type(backbone.model).__name__,
             "model_type": backbone.model.config.model_type,
             "sketch": injection.sketch,
+            "tokens": _tokens(backbone),
         },
     }
 
@@ -210,7 +224,7 @@ def _task_of(backbone: Backbone) -> dict[str, Any] | None:
 
 def _check_base(directory: Path, settings: Mapping[str, Any], backbone: Backbone) -> None:
     base = settings["base"]
-    different = backbone.differences(base["sketch"])
+    different = backbone.differences(_comparable(base, backbone))
     if different:
         shown = "\n  ".join(different[:6]) + (f"\n  and {len(different) - 6} more" if len(different) > 6 else "")
         raise ArtifactError(
@@ -218,6 +232,22 @@ def _check_base(directory: Path, settings: Mapping[str, Any], backbone: Backbone
             expected=f"the {base['class']} from {base['source']}",
             todo="load it onto that model",
         )
+
+
+def _tokens(backbone: Backbone) -> int | None:
+    """How many tokens the backbone has a row for, None where it looks none up."""
+    weight = getattr(input_embeddings(backbone.model), "weight", None)
+    return len(weight) if isinstance(weight, Tensor) else None
+
+
+def _comparable(base: Mapping[str, Any], backbone: Backbone) -> dict[str, list[float]]:
+    """The sketch without the tables of the vocabulary, if that has another size now: the model was resized."""
+    sketch: dict[str, list[float]] = base["sketch"]
+    tokens = _tokens(backbone)
+    if tokens is None or base.get("tokens") in (None, tokens):
+        return sketch
+    own = dict(backbone.model.named_parameters())
+    return {name: values for name, values in sketch.items() if name not in own or tokens not in own[name].shape}
 
 
 def _without_base_copies(directory: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
@@ -241,7 +271,7 @@ def _strategy_from_peft(directory: Path, tensors: Mapping[str, Tensor]) -> Strat
             f"{directory} holds neither {SETTINGS} nor {PEFT_SETTINGS}",
             expected="an adapter folder written by lightsft or PEFT",
         )
-    kinds: list[Any] = list(registry.strategies().values())
+    kinds: list[Any] = sorted(registry.strategies().values(), key=lambda kind: isinstance(kind, registry.Family))
     for reader in (kind for kind in kinds if isinstance(kind, ReadsPeft)):
         strategy = reader.from_peft(config, tensors)
         if strategy is not None:

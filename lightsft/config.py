@@ -83,8 +83,9 @@ class StrategySpec(BaseModel):
         from lightsft.registry import name_of
 
         name, default = name_of(strategy), type(strategy)()  # type: ignore[arg-type]
-        options = {key: value for key, value in vars(strategy).items() if value != getattr(default, key)}
-        inside = ",".join(f"{key}={value}" for key, value in options.items())
+        chosen = {key: value for key, value in vars(strategy).items() if value != getattr(default, key)}
+        inside = ",".join(f"{key}={_shown(value)}" for key, value in chosen.items())
+        options = {key: _plain(value) for key, value in chosen.items()}
         return cls(name=name, options=options, label=f"{name}({inside})" if inside else name)
 
     @classmethod
@@ -95,6 +96,25 @@ class StrategySpec(BaseModel):
         options = {**mapping.get("options", {})}
         options |= {key: value for key, value in mapping.items() if key not in (*own, "options")}
         return cls(**{"label": mapping["name"], **own}, options=options)
+
+
+def _is_strategy(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and hasattr(value, "inject")
+
+
+def _shown(value: Any) -> str:
+    """An option's value in a label: of strategies among it, their labels."""
+    if isinstance(value, list | tuple) and any(map(_is_strategy, value)):
+        return f"[{','.join(StrategySpec.parse(item).label for item in value)}]"
+    return str(value)
+
+
+def _plain(value: Any) -> Any:
+    """An option's value; of strategies among it, their names and options."""
+    if _is_strategy(value):
+        spec = StrategySpec.parse(value)
+        return {"name": spec.name, **spec.options}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _option(text: str, whole: str) -> tuple[str, Any]:

@@ -163,37 +163,54 @@ def _widths(config: Any) -> Iterator[int]:
 @torch.no_grad()
 def find_moving_buffers(model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> list[str]:
     """Names of the buffers in the state dict that one pass in training mode writes to; their values are put back."""
-    kept = model.state_dict(keep_vars=True)
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    buffers = set(_saved_buffers(model))
     if not buffers or model.device.type == "meta":
         return []
-    before = {name: (buffer, buffer.clone(), buffer._version) for name, buffer in buffers.items()}
-    with evaluating(model):
+    with evaluating(model), buffers_kept(model) as moved:
         model.train()
         with contextlib.suppress(Exception):  # a batch of one is too small for some: what ran so far has been seen
             model(**(inputs or {}))
-    moved = []
-    for name, (buffer, value, version) in before.items():
-        if model.get_buffer(name) is not buffer or buffer._version != version:
-            owner, _, attribute = name.rpartition(".")
-            model.get_submodule(owner)._buffers[attribute] = buffer.copy_(value)
-            moved.append(name)
     normalised = {
         f"{path}.{name}"
         for path, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
         for name in module._buffers
     }
-    return sorted({*moved, *(normalised & buffers.keys())})
+    return sorted(buffers & {*moved, *normalised})
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[str]:
+    """Names of the buffers in the state dict, which is not asked for: quantized layers repack themselves for it."""
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[list[str]]:
+    """On leaving, every buffer is the same object with the same values as before; yields the names of those moved."""
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers() if not buffer.is_meta}
+    moved: list[str] = []
+    try:
+        yield moved
+    finally:
+        now = dict(model.named_buffers())
+        for name, (buffer, value) in before.items():  # by value: batch normalisation does not count its writes
+            if now.get(name) is not buffer or not torch.equal(buffer, value):
+                owner, _, attribute = name.rpartition(".")
+                with torch.no_grad():
+                    model.get_submodule(owner)._buffers[attribute] = buffer.copy_(value)
+                moved.append(name)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it no dropout; on leaving, every module's mode and the random state are as before."""
+    """Within it no dropout; on leaving, every module's mode, its buffers and the random state are as before."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), buffers_kept(model):
             yield
     finally:
         for module, training in modes.items():

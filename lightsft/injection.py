@@ -62,6 +62,15 @@ class Strategy(Protocol):
 
 
 @runtime_checkable
+class ActsBetweenSteps(Protocol):
+    """A strategy that does something between the steps of a training (AdaLoRA reallocates ranks)."""
+
+    def callbacks(self, injection: Injection) -> list[Any]:
+        """Callbacks for transformers' trainers."""
+        ...
+
+
+@runtime_checkable
 class Rehearses(Protocol):
     """A primitive that an ordinary input does not reach: rows for tokens that the model does not know yet."""
 
@@ -133,6 +142,11 @@ class Injection:
         if name is not None and not any(isinstance(primitive, InputGradient) for primitive in self.primitives):
             self.place(InputGradient(self.model, name))
 
+    @property
+    def fixed(self) -> frozenset[str]:
+        """The backbone's parameters that wanted no gradient when it came, as sinusoidal positions do."""
+        return frozenset(name for name, trained in self._trained_before.items() if not trained)
+
     def unfreeze(self, names: Iterable[str]) -> None:
         """Train the backbone's parameters `names` in place, with those named before: there is one unfreezing.
 
@@ -171,6 +185,11 @@ class Injection:
     def total_parameters(self) -> int:
         """How many numbers the backbone holds, with what was placed on it."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def arrived_fixed(self) -> frozenset[str]:
+        """The backbone's parameters that did not want a gradient before anything was placed."""
+        return frozenset(name for name, trained in self._trained_before.items() if not trained)
 
     @property
     def coverage(self) -> float:

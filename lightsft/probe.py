@@ -64,7 +64,14 @@ def _step(injection: Injection, example: Mapping[str, Any]) -> tuple[Mapping[str
     if found is None:
         found = _first_finite(injection, candidate_inputs(injection.model))
     if found is None:
-        found = example, _forward_backward(injection, example)
+        try:
+            found = example, _forward_backward(injection, example)
+        except (AssertionError, ValueError) as error:
+            raise InjectionError(
+                f"{type(injection.model).__name__} does not run with {type(injection.strategy).__name__}: {error}",
+                expected="a model that takes its own example input",
+                todo="give an input that it takes in training: Backbone(model, example={...})",
+            ) from error
         if not all(bool(torch.isfinite(output).all()) for output in found[1]):
             raise InjectionError(
                 "the model's output is not finite", todo="try dtype='float32', or check the checkpoint"

@@ -105,8 +105,8 @@ class _Finder:
         """1 where the output is an image or a sequence laid out as a convolution does, else the last."""
         shape = self.call(writer).output_shape
         channels = {m.out_channels for m in self.modules[writer].modules() if isinstance(m, CONVOLUTIONS)}
-        is_image = len(shape) == 4 or isinstance(self.modules[writer], CONVOLUTIONS)
-        return 1 if is_image and len(shape) > 2 and shape[1] in channels else -1
+        channels_first = len(shape) == 4 or (len(shape) == 3 and shape[-1] not in channels)
+        return 1 if channels_first and shape[1] in channels else -1
 
     def call(self, name: str) -> Call:
         return self.seen.calls[name] if name in self.seen.calls else Call((), ())

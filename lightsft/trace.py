@@ -278,7 +278,7 @@ def _inherited(name: str, given: list[Tensor], marks: list[_Mark], result: Tenso
         if name in JOINS and tensor.shape[:-1] == result.shape[:-1]:  # scores beside those of a sink
             return mark
         if tensor.shape == result.shape:
-            return replace(mark, parameter=None)
+            return mark if len(given) == 1 else replace(mark, parameter=None)
     return _Mark()
 
 

@@ -32,7 +32,7 @@ NON_LINEARITIES = ("relu", "gelu", "silu", "swish", "tanh", "sigmoid", "leaky_re
 class Adapter:
     """Small bottleneck layers in every block.
 
-    reduction_factor: the residual stream's width over the bottleneck's.
+    reduction_factor: the residual stream's width over the bottleneck's, which is 1 in sublayers narrower than that.
     placement: "houlsby" (after each attention and each feed-forward), "pfeiffer" (after each feed-forward, 2005.00247),
         "parallel" (beside each feed-forward).
     non_linearity: f, one of relu, gelu, silu (swish), tanh, sigmoid, leaky_relu.
@@ -64,9 +64,18 @@ class Adapter:
     def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
         """Put an adapter on each chosen sublayer of `backbone`."""
         with injecting(self, backbone, seed) as injection:
-            for sublayer in self._chosen(backbone):
+            sublayers = self._chosen(backbone)
+            self._check_reduction(max(sublayer.size for sublayer in sublayers))
+            for sublayer in sublayers:
                 injection.add_side(sublayer.writes, self._side(sublayer, seed), reads=self._reads(sublayer))
         return injection
+
+    def _check_reduction(self, widest: int) -> None:
+        if widest < self.reduction_factor:
+            raise ConfigurationError(
+                f"reduction_factor={self.reduction_factor} leaves no bottleneck in a width of {widest}",
+                expected=f"a reduction_factor of at most {widest}",
+            )
 
     def _reads(self, sublayer: Sublayer) -> str | None:
         return sublayer.reads if self.placement == "parallel" else None
@@ -87,12 +96,7 @@ class Adapter:
         return sublayers
 
     def _side(self, sublayer: Sublayer, seed: int) -> BottleneckSide:
-        bottleneck = int(sublayer.size // self.reduction_factor)
-        if bottleneck < 1:
-            raise ConfigurationError(
-                f"reduction_factor={self.reduction_factor} leaves no bottleneck in a width of {sublayer.size}",
-                expected=f"a reduction_factor of at most {sublayer.size}",
-            )
+        bottleneck = max(1, int(sublayer.size // self.reduction_factor))
         down = nn.Linear(sublayer.size, bottleneck, dtype=torch.float32)
         up = nn.Linear(bottleneck, sublayer.size, dtype=torch.float32)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5), generator=generator(seed, sublayer.writes))

@@ -21,8 +21,8 @@ from lightsft_adapters.checks import at_least, one_of
 class Full:
     """Train existing weights.
 
-    targets: "all"; "head" (the task head alone); or names of modules or parameters, ends of names, or regular
-        expressions ("layer.5", "LayerNorm", r".*bias").
+    targets: "all" (but what arrives fixed, as sinusoidal positions do); "head" (the task head alone); or names of
+        modules or parameters, ends of names, or regular expressions ("layer.5", "LayerNorm", r".*bias").
     last_blocks: only the last so many blocks of each stack, and the head. None is all of them.
     save: "delta" writes the tensors that were trained, "checkpoint" the whole transformers model beside them.
     """
@@ -51,7 +51,7 @@ class Full:
     def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
         """Unfreeze the chosen weights of `backbone`."""
         with injecting(self, backbone, seed) as injection:
-            injection.unfreeze(self._chosen(backbone))
+            injection.unfreeze(self._chosen(backbone, injection.arrived_fixed))
         return injection
 
     def write_companions(self, injection: Injection, directory: Path) -> None:
@@ -63,8 +63,8 @@ class Full:
             injection.model.config.dtype = stored  # save_pretrained took it from the fp32 masters
             injection.model.config.save_pretrained(directory)
 
-    def _chosen(self, backbone: Backbone) -> list[str]:
-        names = [name for name, _ in backbone.model.named_parameters()]
+    def _chosen(self, backbone: Backbone, fixed: frozenset[str]) -> list[str]:
+        names = [name for name, _ in backbone.model.named_parameters() if name not in fixed]
         if self.last_blocks is not None:
             return _in_last_blocks(backbone, names, self.last_blocks)
         if self.targets == "all":

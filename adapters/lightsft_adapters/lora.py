@@ -350,7 +350,8 @@ class LoRADelta(WeightDelta):
         product: Tensor = self.lora_B.weight @ self.lora_A.weight
         if hasattr(self, "initial_A"):
             product = product - self.initial_B @ self.initial_A
-        return product * self.scaling
+        result: Tensor = product * self.scaling
+        return result
 
     def forward(self, weight: Tensor) -> Tensor:
         """W + s B A."""
@@ -372,8 +373,9 @@ class DoRADelta(LoRADelta):
     def forward(self, weight: Tensor) -> Tensor:
         """M V / ||V||; the norm is a constant in the gradient."""
         directions = self.matrices(weight).float() + self.delta()
-        scale = self.lora_magnitude_vector / torch.linalg.norm(directions.detach(), dim=-1)
-        return (directions * scale.unsqueeze(-1)).reshape(weight.shape).to(weight.dtype)
+        scale: Tensor = self.lora_magnitude_vector / torch.linalg.norm(directions.detach(), dim=-1)
+        changed: Tensor = directions * scale.unsqueeze(-1)
+        return changed.reshape(weight.shape).to(weight.dtype)
 
 
 class _Factor(nn.Module):

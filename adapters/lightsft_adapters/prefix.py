@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightsft import Backbone, Injection, injecting
+from lightsft.anatomy import is_within
 from lightsft.dry_run import evaluating
 from lightsft.errors import TargetError
 from lightsft.primitives import AttentionPrefix
@@ -89,9 +90,13 @@ class Prefix:
         return chosen
 
     def _prefix(self, call: AttentionCall, random: torch.Generator) -> AttentionPrefix:
+        prefix: AttentionPrefix
         if self.reparameterisation:
-            return ReparameterisedPrefix(call, self.num_virtual_tokens, self.hidden_size, self.dropout, random)
-        return PlainPrefix(call, self.num_virtual_tokens, self.initialisation, self.dropout, random)
+            prefix = ReparameterisedPrefix(call, self.num_virtual_tokens, self.hidden_size, self.dropout, random)
+        else:
+            prefix = PlainPrefix(call, self.num_virtual_tokens, self.initialisation, self.dropout, random)
+        prefix.key_bias = call.key_bias
+        return prefix
 
 
 class PlainPrefix(AttentionPrefix):
@@ -193,5 +198,5 @@ def _place(backbone: Backbone, name: str, in_order: list[str]) -> str | None:
     if any(module is backbone.module(name) for module in backbone.model.get_encoder().modules()):
         return "encoder"
     block = next((b for stack in backbone.anatomy.blocks for b in stack if name.startswith(b + ".")), name)
-    first = next(other for other in in_order if other.startswith(block + "."))
+    first = next(other for other in in_order if is_within(other, block))
     return "decoder" if name == first else "cross"

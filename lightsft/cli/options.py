@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from lightsft.config import TrainConfig, build, read_yaml, with_settings
+from lightsft.config import StrategySpec, TrainConfig, build, read_yaml, with_settings
 
 Config = TypeVar("Config", bound=TrainConfig)
 Command = Callable[..., None]
@@ -23,13 +23,21 @@ def takes_fields_of(kind: type[Config]) -> Callable[[Callable[[Config], None]], 
             file, settings = given.pop("config_file"), given.pop("settings")
             values = read_yaml(file) if file is not None else {}
             values |= {name: value for name, value in given.items() if value is not None}
-            run(build(kind, with_settings(values, settings or ())))
+            run(build(kind, with_settings(_opened(values, settings or ()), settings or ())))
 
         command.__doc__ = run.__doc__
         command.__signature__ = inspect.Signature([*_general(), *_fields(kind)])  # type: ignore[attr-defined]
         return command
 
     return decorate
+
+
+def _opened(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """A strategy given by its name, as a mapping if an option of it is set: --strategy lora --set strategy.rank=4."""
+    named = values.get("strategy")
+    if isinstance(named, str) and any(setting.startswith("strategy.") for setting in settings):
+        return {**values, "strategy": StrategySpec.parse(named).model_dump(exclude_none=True)}
+    return values
 
 
 def _general() -> list[inspect.Parameter]:

@@ -30,7 +30,12 @@ _REGISTERED = "lightsft_prefix_"
 
 
 class AttentionPrefix(Part):
-    """Base of prefixes. Subclasses define `keys_and_values`."""
+    """Base of prefixes. Subclasses define `keys_and_values`.
+
+    `key_bias`: see `AttentionCall`.
+    """
+
+    key_bias: bool = False
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """Keys (heads, tokens, key size) and values (heads, tokens, value size), fp32."""
@@ -105,7 +110,7 @@ class MixedPrefix(PlacedPrefix):
 def _open(attention: nn.Module, args: Any) -> None:
     prefix = attention._modules[PREFIX]
     assert isinstance(prefix, AttentionPrefix)
-    mode = PrefixMixing(prefix.keys_and_values if prefix.enabled else None)
+    mode = PrefixMixing(prefix.keys_and_values if prefix.enabled else None, key_bias=prefix.key_bias)
     prefix.__dict__.setdefault("modes", []).append(mode)
     mode.__enter__()
 
@@ -167,8 +172,8 @@ class _PrefixAware:
                 )
             return None if mask is None else nn.functional.pad(mask, (tokens, 0), value=1)
         if mask is None:
-            if not options["is_causal"] or query.shape[2] == 1:
-                return None
+            if self.implementation == "eager" or not options["is_causal"] or query.shape[2] == 1:
+                return None  # eager attention is causal by its mask alone
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
         if not isinstance(mask, Tensor):
             raise InjectionError(
@@ -190,6 +195,11 @@ def implementation_of(module: nn.Module, name: str) -> Callable[..., Any]:
     if name in ALL_ATTENTION_FUNCTIONS:
         function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
         return function
+    return _written_out(module, name)
+
+
+def _written_out(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The attention function in the file of `module`."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
         raise InjectionError(
@@ -214,6 +224,7 @@ class AttentionCall:
     values: Tensor
     query_length: int
     registered: bool = True  # whether it goes through transformers' registry
+    key_bias: bool = False  # whether its scores get a bias that is the same for all queries (ALiBi)
 
 
 @contextmanager
@@ -232,9 +243,9 @@ def _recorded_site(model: nn.Module, name: str, calls: list[AttentionCall]) -> I
     """Attention that is written out in one module."""
     open_modes: list[PrefixMixing] = []
 
-    def record(keys: Tensor, values: Tensor, query_length: int) -> None:
+    def record(keys: Tensor, values: Tensor, query_length: int, key_bias: bool) -> None:
         if not any(call.name == name and call.registered for call in calls):
-            calls.append(AttentionCall(name, keys.detach(), values.detach(), query_length, registered=False))
+            calls.append(AttentionCall(name, keys.detach(), values.detach(), query_length, False, key_bias))
 
     def begin(module: nn.Module, args: Any) -> None:
         open_modes.append(PrefixMixing(record=record))
@@ -254,31 +265,28 @@ def _recorded_site(model: nn.Module, name: str, calls: list[AttentionCall]) -> I
 
 @contextmanager
 def _recorded_registry(model: nn.Module, calls: list[AttentionCall]) -> Iterator[None]:
+    """Attention through the registry, under the names that are in use: models ask for them."""
     names = {module: name for name, module in model.named_modules()}
-    configs = {id(m.config): m.config for m in names if hasattr(getattr(m, "config", None), "_attn_implementation")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
+    used = {getattr(getattr(module, "config", None), "_attn_implementation", None) for module in names}
+    registry = AttentionInterface._global_mapping
+    before = {name: registry.get(name) for name in used if name}
 
     def recorder(implementation: str) -> Callable[..., Any]:
         def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
             if module in names:
                 calls.append(AttentionCall(names[module], key[0].detach(), value[0].detach(), query.shape[2]))
-            return implementation_of(module, implementation)(module, query, key, value, *args, **options)
+            attend = before[implementation] or _written_out(module, implementation)
+            return attend(module, query, key, value, *args, **options)
 
         return record
 
-    temporary = {f"lightsft_record_{name}": name for name in before.values() if name}
-    for name, implementation in temporary.items():
-        AttentionInterface.register(name, recorder(implementation))
-        if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     try:
-        for key, config in configs.items():
-            if before[key]:
-                _set_implementation(config, f"lightsft_record_{before[key]}")
+        for name in before:
+            AttentionInterface.register(name, recorder(name))
         yield
     finally:
-        for key, config in configs.items():
-            _set_implementation(config, before[key])
-        for name in temporary:
-            AttentionInterface._global_mapping.pop(name, None)
-            AttentionMaskInterface._global_mapping.pop(name, None)
+        for name, function in before.items():
+            if function is None:
+                registry.pop(name, None)
+            else:
+                AttentionInterface.register(name, function)

@@ -20,7 +20,7 @@ from lightsft.data.reading import Row, read_rows, require_columns
 from lightsft.data.splits import Splits, at_most, split_rows
 from lightsft.device import choose_device, choose_dtype
 from lightsft.errors import ConfigurationError
-from lightsft.injection import Injection, Strategy
+from lightsft.injection import ActsBetweenSteps, Injection, Strategy
 from lightsft.tasks import Task, task
 from lightsft.training.trainer import Trainer
 
@@ -188,6 +188,8 @@ def build_trainer(
     if config.gradient_checkpointing:
         injection.model.gradient_checkpointing_enable()
     extra = list(callbacks or [])
+    if isinstance(injection.strategy, ActsBetweenSteps):
+        extra += injection.strategy.callbacks(injection)
     if config.early_stopping is not None:
         extra.append(transformers.EarlyStoppingCallback(config.early_stopping))
     return Trainer(

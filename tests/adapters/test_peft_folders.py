@@ -9,7 +9,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_
 
 import lightsft
 from lightsft import Backbone
-from lightsft.errors import ArtifactError
+from lightsft.errors import ArtifactError, LightsftError
 from lightsft_adapters import LoRA
 from tests.adapters.peft_models import TASK_TYPES, sides
 from tests.tiny_models import logits, off, randomise, tiny
@@ -229,12 +229,22 @@ def test_what_our_lora_does_not_compute_is_refused_by_name(options, named, tmp_p
         lightsft.load(folder, tiny("llama", **UNTIED))
 
 
-def test_another_peft_method_is_refused_by_its_type(tmp_path):
+def test_a_folder_of_another_peft_method_opens_as_that_method(tmp_path):
     from peft import IA3Config
 
     config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    get_peft_model(tiny("llama"), config).save_pretrained(tmp_path)
-    with pytest.raises(ArtifactError, match="IA3"):
+    theirs = get_peft_model(tiny("llama"), config)
+    theirs.save_pretrained(tmp_path)
+    ours = lightsft.load(tmp_path, tiny("llama"))
+    assert off(logits(ours.model), logits(theirs)) <= 1e-6
+
+
+def test_a_peft_method_that_needs_a_model_of_its_own_is_refused_by_its_type(tmp_path):
+    from peft import PromptTuningConfig
+
+    theirs = get_peft_model(tiny("llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(LightsftError, match=r"(?i)prompt"):
         lightsft.load(tmp_path, tiny("llama"))
 
 

@@ -47,7 +47,7 @@ BAD_VALUES = {
     "an unknown label": ({"labels": "pos,great"}, "row 1 has the label 'neg'", "'pos', 'great'", "--labels"),
     "one label": ({"labels": "pos"}, "at least two different labels"),
     "a label column with a text in it": ({"label": "text"}, "the column 'text' holds", "--label"),
-    "an unknown strategy": ({"strategy": "loraa"}, "no strategy named 'loraa'", "adapter, full, lora", "'lora'?"),
+    "an unknown strategy": ({"strategy": "loraa"}, "no strategy named 'loraa'", "lora, lora_fa", "'lora'?"),
     "an unknown option": ({"strategy": "lora(rnk=4)"}, "lora has no option rnk", "rank, alpha", "mean 'rank'?"),
     "an option out of range": ({"strategy": "lora(rank=0)"}, "rank", "0"),
     "an unreadable strategy": ({"strategy": "lora(rank=4"}, "cannot read the strategy 'lora(rank=4'", "lora(rank=16"),

@@ -1,0 +1,110 @@
+"""Prompt tuning: the backbone reads [P; E] instead of its token embeddings E (2104.08691, section 2).
+
+P (num_virtual_tokens, size) is all that is trained, E (length, size). Where it goes, and what happens to masks,
+positions, caches and outputs: `lightsft.primitives.virtual_tokens`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightsft import Backbone, Injection, injecting
+from lightsft.errors import ConfigurationError
+from lightsft.primitives.input_path import InputPath, find_input_path
+from lightsft.primitives.side import first_output
+from lightsft.primitives.virtual_tokens import VirtualTokens, place_virtual_tokens
+from lightsft.seeding import generator
+from lightsft_adapters.checks import at_least, one_of
+
+INITIALISATIONS = ("vocabulary", "text", "random")
+SCALE_SAMPLE = 1000  # tokens whose embeddings tell the scale of all
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Trained embeddings in front of the input.
+
+    num_virtual_tokens: how many.
+    initialisation: section 3.2: "vocabulary" (embeddings of random tokens), "text" (those of `text`), or "random"
+        (normal, as wide as the vocabulary's).
+    text: for initialisation="text", cut or repeated to num_virtual_tokens.
+    """
+
+    num_virtual_tokens: int = 20
+    initialisation: str = "vocabulary"
+    text: str | None = None
+
+    learning_rate: ClassVar[float] = 3e-2
+
+    def __post_init__(self) -> None:
+        at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
+        one_of("initialisation", self.initialisation, INITIALISATIONS)
+        if (self.initialisation == "text") != bool(self.text):
+            raise ConfigurationError(
+                f"initialisation={self.initialisation!r} with text={self.text!r}",
+                expected="a text with initialisation='text', and only then",
+            )
+
+    def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
+        """Put the virtual tokens on the input path of `backbone`."""
+        with injecting(self, backbone, seed) as injection:
+            path = find_input_path(backbone)
+            start = self._start(backbone, path, generator(seed, path.embedding))
+            place_virtual_tokens(injection, PromptEmbeddings(start, path))
+        return injection
+
+    def _start(self, backbone: Backbone, path: InputPath, random: torch.Generator) -> Tensor:
+        """(num_virtual_tokens, size), fp32."""
+        if self.initialisation == "text":
+            ids = _token_ids(backbone, str(self.text))
+            return _embedded(
+                backbone, path, ids.repeat(-(-self.num_virtual_tokens // len(ids)))[: self.num_virtual_tokens]
+            )
+        vocabulary = _vocabulary_size(backbone, path)
+        if self.initialisation == "vocabulary":
+            return _embedded(backbone, path, torch.randint(vocabulary, (self.num_virtual_tokens,), generator=random))
+        some = _embedded(backbone, path, torch.randint(vocabulary, (SCALE_SAMPLE,), generator=random))
+        return torch.empty(self.num_virtual_tokens, path.size).normal_(generator=random) * some.std()
+
+
+class PromptEmbeddings(VirtualTokens):
+    """P as a parameter."""
+
+    def __init__(self, start: Tensor, path: InputPath) -> None:
+        super().__init__(len(start), path)
+        self.prompt_embeddings = nn.Parameter(start)
+
+    def embeddings(self) -> Tensor:
+        """The parameter."""
+        return self.prompt_embeddings
+
+
+def _embedded(backbone: Backbone, path: InputPath, ids: Tensor) -> Tensor:
+    """(tokens, size), fp32: what the input embedding gives for these ids."""
+    embedding = backbone.module(path.embedding)
+    with torch.no_grad():
+        vectors = first_output(embedding(ids[None].to(next(embedding.parameters()).device)))
+    return vectors[0].float()
+
+
+def _vocabulary_size(backbone: Backbone, path: InputPath) -> int:
+    size: Any = getattr(backbone.module(path.embedding), "num_embeddings", None)
+    return int(size or backbone.model.config.get_text_config().vocab_size)
+
+
+def _token_ids(backbone: Backbone, text: str) -> Tensor:
+    """(tokens): the text without special tokens."""
+    if backbone.tokenizer is None:
+        raise ConfigurationError(
+            "initialisation='text' on a backbone without a tokenizer",
+            expected="a tokenizer that splits the text",
+            todo="load it with Backbone.load, or give one: Backbone(model, tokenizer=...)",
+        )
+    ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ConfigurationError(f"the tokenizer finds no token in text={text!r}", expected="at least one token")
+    return torch.tensor(ids)
