@@ -1,4 +1,4 @@
-"""Time to attach a LoRA to a 1B-parameter model, anatomy and probe included, against PEFT's: python benchmarks/attach.py
+"""Time to attach a LoRA to a 1B-parameter model, probe included, against PEFT's: python benchmarks/attach.py
 
 Llama-3.2-1B's shapes (16 blocks, width 2048) with random weights, rank 8 on every linear layer in the blocks. Attaching
 alternates A B A B ... on the same model, which is ejected (unloaded) in between; medians of 7.
