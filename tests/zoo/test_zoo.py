@@ -48,6 +48,11 @@ SELECTED = {
     "ctc/wav2vec2-conformer": "convolutions between attention layers",
 }
 
+PREFIX_IS_REFUSED = {  # attention, but not as a softmax of scores that meets the values in one product
+    "masked-lm/longformer": "scores are cut into overlapping chunks",
+    "seq-cls/reformer": "queries and keys are hashed into buckets, and normalised by a logsumexp",
+}
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
@@ -69,7 +74,7 @@ def test_everything_holds_for(rows, architecture, strategy):
     row, plain = rows[architecture, strategy], rows[architecture, sweep.PLAIN]
     said = f"{architecture}, {SELECTED[architecture]}: {row['status']} at {row.get('step')}, {row.get('reason')}"
     assert plain["status"] == "passed", plain
-    if strategy == "prefix" and not plain["attention"]:
+    if strategy == "prefix" and (not plain["attention"] or architecture in PREFIX_IS_REFUSED):
         assert row["status"] == "refused", said
         return
     assert row["status"] == "passed", said
