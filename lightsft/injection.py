@@ -142,11 +142,6 @@ class Injection:
         if name is not None and not any(isinstance(primitive, InputGradient) for primitive in self.primitives):
             self.place(InputGradient(self.model, name))
 
-    @property
-    def fixed(self) -> frozenset[str]:
-        """The backbone's parameters that wanted no gradient when it came, as sinusoidal positions do."""
-        return frozenset(name for name, trained in self._trained_before.items() if not trained)
-
     def unfreeze(self, names: Iterable[str]) -> None:
         """Train the backbone's parameters `names` in place, with those named before: there is one unfreezing.
 
