@@ -12,14 +12,15 @@ not, a mask lets everything through, and a choice among entries (of experts for 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightsft.dry_run import tensors_in
@@ -152,8 +153,17 @@ def _key(value: Any) -> Any:
     return type(value), value
 
 
-def _each(function: Callable[[Tensor], Tensor], values: Any) -> Any:
-    return tree_map_only(Tensor, function, values)
+def _each(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same value with every tensor in it replaced."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(_each(function, item) for item in value)
+    if isinstance(value, list):
+        return [_each(function, item) for item in value]
+    if isinstance(value, dict):
+        return {name: _each(function, item) for name, item in value.items()}
+    return value
 
 
 def _placed(device: torch.device, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -182,7 +192,14 @@ def _entries(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The argument that the operation writes into and returns, or None."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            return args[position] if position < len(args) else kwargs.get(argument.name)
-    return None
+    position, name = _target(func)
+    return args[position] if position < len(args) else kwargs.get(name)
+
+
+@cache
+def _target(func: Any) -> tuple[int, str]:
+    """Position and name of the argument that an operation writes into; beyond all and empty if there is none."""
+    arguments = func._schema.arguments
+    written = (number for number, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+    position = next(written, None)
+    return (sys.maxsize, "") if position is None else (position, arguments[position].name)

@@ -121,10 +121,7 @@ def _grown(model: PreTrainedModel, size: int) -> tuple[tuple[Table, ...], tuple[
     """What becomes larger with one more token."""
     larger = _without_values(model)
     _resize(larger, size + 1)
-    tables = tuple(_tables(model, larger))
-    for table in tables:
-        if len(table.by_token(model)) != size or len(table.by_token(larger)) != size + 1:
-            raise _CannotGrow(f"{table.name} has another number of tokens than the {size} of its embedding")
+    tables = tuple(_tables(model, larger, size))
     return tables, (*_counts(model, larger, size), *_forgotten(model, larger, size))
 
 
@@ -165,20 +162,30 @@ def _shape_of(tensor: Tensor) -> Tensor:
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    """By every name, without what strategies have placed."""
+    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        yield from ((name, tensor) for name, tensor in named if "lightsft" not in name)
 
 
-def _tables(model: nn.Module, larger: nn.Module) -> Iterator[Table]:
+def _tables(model: nn.Module, larger: nn.Module, size: int) -> Iterator[Table]:
+    """What became larger, or was lost: transformers forgets a bias that no layer owns, a checkpoint must not."""
     owners: dict[int, list[str]] = {}
     tensors, grown = dict(_named_tensors(model)), dict(_named_tensors(larger))
     for name, tensor in tensors.items():
-        if name in grown and grown[name].shape != tensor.shape:
+        if grown[name].shape != tensor.shape if name in grown else size in tensor.shape:
             owners.setdefault(id(tensor), []).append(name)
     for names in owners.values():
-        before, after = tensors[names[0]], grown[names[0]].shape
-        dimension = next(d for d, length in enumerate(before.shape) if d >= len(after) or length != after[d])
-        yield Table(tuple(names), dimension, buffer=not isinstance(before, nn.Parameter))
+        before, after = tensors[names[0]], grown.get(names[0])
+        fitting = [d for d in range(before.ndim) if _is_one_larger(before.shape, d, size, after)]
+        if not fitting:
+            raise _CannotGrow(f"{names[0]} has another number of tokens than the {size} of its embedding")
+        yield Table(tuple(names), fitting[0], buffer=not isinstance(before, nn.Parameter))
+
+
+def _is_one_larger(shape: torch.Size, dimension: int, size: int, after: Tensor | None) -> bool:
+    """Whether there is one entry per token along `dimension`, and one more `after`, where that is known."""
+    larger = (*shape[:dimension], size + 1, *shape[dimension + 1 :])
+    return shape[dimension] == size and (after is None or tuple(after.shape) == larger)
 
 
 def _counts(model: PreTrainedModel, larger: PreTrainedModel, size: int) -> Iterator[Count]:

@@ -79,6 +79,16 @@ def test_a_size_that_transformers_forgets_is_declared_too():
     assert model.config.decoder_vocab_size == size + 1
 
 
+def test_a_bias_that_transformers_forgets_grows_too(tmp_path):
+    """Resized by transformers, Reformer loses the bias of its head, and the checkpoint lacks it."""
+    model = build(find("causal-lm", "reformer"))
+    find_vocabulary(model).grow(model, 162)
+    assert model.lm_head.bias.shape == (162,)
+    model.save_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(reloaded.lm_head.bias, model.lm_head.bias)
+
+
 def test_a_model_that_looks_no_tokens_up_is_refused():
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4

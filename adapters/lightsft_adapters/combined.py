@@ -45,9 +45,10 @@ class Combination:
     def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
         """Place every part on `backbone`, those that others' effects must not reach (`places_last`) at the end."""
         with injecting(self, backbone, seed) as injection:
-            for part in sorted(self.parts, key=lambda part: bool(getattr(part, "places_last", False))):
+            parts = sorted(self.parts, key=lambda part: bool(getattr(part, "places_last", False)))
+            for part in parts:
                 before = set(injection.named_parameters())
-                with _told_apart(part, self.parts):
+                with _told_apart(part, parts):
                     part.inject(backbone, seed=seed)
                 _check_standing(injection, part)
                 new = set(injection.named_parameters()) - before
@@ -124,7 +125,7 @@ def _told_apart(part: Strategy, parts: Sequence[Strategy]) -> Iterator[None]:
         yield
     except LightsftError as error:
         others = " and ".join(type(other).__name__ for other in parts if other is not part)
-        found = f"{type(part).__name__} cannot be placed together with {others or 'nothing'}: {error.found}"
+        found = f"{type(part).__name__}, as a part beside {others or 'no other'}: {error.found}"
         raise type(error)(found, expected=error.expected, todo=error.todo) from error
 
 

@@ -1,9 +1,9 @@
-"""LoRA-FA: y = W x + s B A x, where A keeps its random start and only B is trained (2308.03303, section 3.2).
+"""LoRA-FA: y = W x + s B A x, where A keeps its random start and only B is trained (2308.03303).
 
 Shapes as in LoRA: x (..., in), A (rank, in), B (out, rank). The gradient of B needs A x, of width rank, so x itself,
-of width in, is not kept for the backward pass as LoRA must for the gradient of A (dropout keeps its mask, of width in,
-one byte each). That holds for layers that are called; where a weight is read instead (experts, convolutions), the
-layer multiplies with the changed weight, and its input is kept for that weight's gradient.
+of width in, is not kept for the backward pass as LoRA must for the gradient of A (dropout keeps its mask, of width in).
+That holds for layers that are called; where a weight is read instead (experts, convolutions), the layer multiplies with
+the changed weight, and its input is kept for that weight's gradient.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from lightsft.anatomy import Weight
-from lightsft.errors import ConfigurationError, TargetError
+from lightsft.errors import TargetError
 from lightsft_adapters.lora import LoRA, LoRADelta, LoRASide
 
 Update = TypeVar("Update", LoRASide, LoRADelta)
@@ -20,21 +20,14 @@ Update = TypeVar("Update", LoRASide, LoRADelta)
 
 @dataclass(frozen=True)
 class LoRAFA(LoRA):
-    """LoRA with A frozen: the same options, but for lora_plus_ratio and embeddings as targets.
+    """LoRA with A frozen: the same options without lora_plus_ratio (one of the pair learns), and no embeddings.
 
     The folder is a LoRA's, A included. With initialisation "pissa" or "olora" A is what W gave it, and stays so.
     """
 
-    learning_rate: ClassVar[float] = 2e-3
+    lora_plus_ratio: ClassVar[float] = 1.0  # type: ignore[misc]
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lora_plus_ratio != 1.0:
-            raise ConfigurationError(
-                f"lora_plus_ratio={self.lora_plus_ratio} with A frozen",
-                expected="lora_plus_ratio=1.0: B is all that learns",
-                todo="raise the learning rate instead",
-            )
+    learning_rate: ClassVar[float] = 4e-3  # measured on the demo, as the other defaults
 
     def _side(self, *args: Any) -> LoRASide:
         return _frozen(super()._side(*args))

@@ -127,9 +127,9 @@ class PromptReader(Part):
         if self.generating and given is not None:
             mask, self.columns = _padding(mask, given.shape[1]), self.columns or given.shape[1]
             return Reading(mask, _until(mask, given, self.columns), cached=False)
-        if mask is not None and mask.ndim != 2:
+        if mask is not None and getattr(mask, "ndim", 0) != 2:
             raise InjectionError(
-                f"an attention mask of shape {tuple(mask.shape)}",
+                f"an attention mask of shape {tuple(getattr(mask, 'shape', ()))}",
                 expected="a mask (batch, length), in which tokens can be counted",
                 todo="pass the padding alone; with packed or block-wise masks use positions='all'",
             )

@@ -49,7 +49,7 @@ class VeRA:
     tied: str = "refuse"
     save_projection: bool = False
 
-    learning_rate: ClassVar[float] = 4e-3
+    learning_rate: ClassVar[float] = 2e-2  # measured on the demo, as the other defaults
 
     def __post_init__(self) -> None:
         at_least("rank", self.rank, 1)

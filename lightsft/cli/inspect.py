@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,15 +35,28 @@ def command(
 ) -> None:
     """Show what a model is made of, and what each strategy would train in it. No weights are needed."""
     chosen = _chosen(strategy, settings or ())
-    from lightsft.inspection import inspect
+    with _without_collecting():
+        from lightsft.inspection import inspect
 
-    inspection = inspect(model, task=task, strategies=chosen)
+        inspection = inspect(model, task=task, strategies=chosen)
     if as_json:
         typer.echo(json.dumps(_as_json(inspection, detail=strategy is not None), indent=2))
         return
     lines = _model(inspection)
     lines += _detail(inspection.effects[0]) if strategy is not None else _overview(inspection)
     typer.echo("\n".join(lines))
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Within it Python looks for no garbage, which takes a fifth of the time where most is imports and modules."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _chosen(strategy: str | None, settings: Sequence[str]) -> list[tuple[str, dict[str, Any]]] | None:

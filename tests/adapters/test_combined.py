@@ -379,9 +379,9 @@ def test_a_combination_of_nothing_is_refused():
     ("parts", "error", "message"),
     [
         ([LoRA(4), LoRA(8, targets="attention")], InjectionError, "two tensors named .*lora_A.weight"),
-        ([Prefix(4), Prefix(2)], InjectionError, "Prefix cannot be placed together with Prefix.*already carries"),
+        ([Prefix(4), Prefix(2)], InjectionError, "Prefix, as a part beside Prefix: .*already carries"),
         ([NewTokens(count=1), NewTokens(count=2)], InjectionError, "already carries trained rows"),
-        ([LoRA(4), Prefix(layers=[9])], TargetError, "Prefix cannot be placed together with LoRA: no layer 9"),
+        ([LoRA(4), Prefix(layers=[9])], TargetError, "Prefix, as a part beside LoRA: no layer 9"),
     ],
     ids=["lora", "prefix", "new tokens", "a part alone"],
 )

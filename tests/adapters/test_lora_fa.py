@@ -1,6 +1,7 @@
 """LoRA-FA against LoRA with A frozen, against PEFT, and in what it keeps for the backward pass."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -119,10 +120,17 @@ def test_experts_and_convolutions_train_only_b():
         assert not any("lora_A" in name for name in names)
 
 
-@pytest.mark.parametrize("options", [{"rank": 0}, {"lora_plus_ratio": 16.0}, {"dora": True, "initialisation": "pissa"}])
+@pytest.mark.parametrize("options", [{"rank": 0}, {"dora": True, "initialisation": "pissa"}])
 def test_an_option_out_of_range_is_refused(options):
     with pytest.raises(ConfigurationError):
         LoRAFA(**options)
+
+
+def test_its_options_are_those_of_lora_without_the_ratio_of_learning_rates():
+    names = [{field.name for field in dataclasses.fields(kind)} for kind in (LoRA, LoRAFA)]
+    assert names[0] - names[1] == {"lora_plus_ratio"}
+    with pytest.raises(ConfigurationError, match="no option lora_plus_ratio"):
+        lightsft.strategy("lora_fa", lora_plus_ratio=16.0)
 
 
 def test_an_embedding_is_refused():

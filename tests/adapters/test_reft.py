@@ -546,7 +546,7 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(logits(model), logits(model))
 
 
-@pytest.mark.parametrize("positions", ["", "f", "f0", "f0+l0", "7", "l3+f2", "every"])
+@pytest.mark.parametrize("positions", ["", "f", "f0", "f0+l0", "7", "l3+f2", "f2l3", "+l3", "f2+", "every"])
 def test_positions_that_mean_nothing_are_refused(positions):
     with pytest.raises(ConfigurationError, match=r"f7\+l7"):
         ReFT(positions=positions)

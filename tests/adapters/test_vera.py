@@ -238,7 +238,7 @@ def test_an_embedding_is_refused():
 
 def test_training_lowers_the_loss():
     injection = inject(tiny("bert"), rank=64)
-    optimizer = torch.optim.AdamW(injection.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(injection.parameters(), lr=VeRA.learning_rate)
     losses = []
     for _ in range(10):
         loss = injection.model(**batch(injection.model)).loss
