@@ -140,6 +140,11 @@ class Backbone:
             name: value[:1] if isinstance(value, Tensor) and value.dim() else value for name, value in example.items()
         }
 
+    @property
+    def is_large(self) -> bool:
+        """Whether reading all weights takes long enough to be noticed."""
+        return self.model.num_parameters() > LARGE
+
     @cached_property
     def moving_buffers(self) -> list[str]:
         """The saved buffers that a forward pass in training mode changes: running statistics."""
@@ -178,7 +183,7 @@ class Backbone:
 
     def _traced(self, inputs: Mapping[str, Any], blocks: tuple[str, ...]) -> Trace:
         """The trace, on a copy without weights where a pass through them takes long and they do not decide anything."""
-        if self.model.num_parameters() > LARGE:
+        if self.is_large:
             light = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in inputs.items()}
             with contextlib.suppress(Exception), weightless():  # control flow may depend on what weights hold
                 return trace(meta_copy(self.model), light, blocks)

@@ -215,6 +215,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        forget_derived(model)
+
+
+def forget_derived(model: nn.Module) -> None:
+    """Let modules drop what they computed from their weights for evaluation (a table of attention biases, say).
+
+    They do when training begins, in a `train` of their own; every module's mode stays what it is.
+    """
+    for module in list(model.modules()):
+        if type(module).train not in (nn.Module.train, PreTrainedModel.train):
+            modes = [(inner, inner.training) for inner in module.modules()]
+            module.train(True)
+            for inner, training in modes:
+                inner.training = training
 
 
 @contextmanager

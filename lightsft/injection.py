@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lightsft.anatomy import Weight
 from lightsft.backbone import Backbone
-from lightsft.dry_run import input_embeddings
+from lightsft.dry_run import forget_derived, input_embeddings
 from lightsft.errors import ArtifactError, InjectionError, MergeError
 from lightsft.primitives import (
     AttentionPrefix,
@@ -256,6 +256,7 @@ class Injection:
         self._enabled = enabled
         for primitive in self.primitives:
             primitive.enable(enabled)
+        forget_derived(self.model)
 
     def eject(self) -> Backbone:
         """Remove everything: the backbone as it was, bit for bit. What was trained is lost unless saved."""
@@ -286,6 +287,7 @@ class Injection:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._trained_before.get(name, True))  # an untied copy is new
             parameter.grad = None
+        forget_derived(self.model)
         self.backbone.carries = None
         return self.backbone
 
@@ -315,6 +317,7 @@ class Injection:
             )
         for primitive in self.primitives:
             primitive.load({name: tensors[name] for name in primitive.shapes()})
+        forget_derived(self.model)
 
     def save(self, directory: str | Path) -> Path:
         """Write the adapter folder that `lightsft.load` reads; same tensors, same bytes."""

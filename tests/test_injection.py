@@ -21,6 +21,8 @@ from tests.tiny_models import (
     randomise,
     tiny,
 )
+from tests.zoo.models_and_inputs import build, find, make_inputs
+from tests.zoo.models_and_inputs import logits as zoo_logits
 
 STRATEGIES = {
     "lora": LoRA(rank=4),
@@ -463,3 +465,30 @@ def test_full_tuning_of_a_part_of_the_head_survives_disabled(targets):
         assert all(torch.equal(tensor, saved[name]) for name, tensor in injection.tensors().items())
     assert torch.equal(logits(injection.model), trained)
     assert torch.equal(logits(injection.eject().model), logits(tiny("bert")))
+
+
+def test_what_a_model_derived_from_its_weights_for_evaluation_is_not_used_when_they_change():
+    """LeViT keeps its attention biases by position from the first evaluation on, until training begins again."""
+    entry = find("image-cls", "levit")
+    model = build(entry)
+    inputs = make_inputs(entry, model)
+    inputs.pop("labels")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attention_biases" in name:
+                parameter.normal_(std=3.0)
+    before = zoo_logits(model, inputs)
+    injection = Full().inject(Backbone(model))
+    for parameter in injection.parameters():
+        parameter.data.mul_(1.5)
+    injection.load_tensors({name: tensor.clone() for name, tensor in injection.tensors().items()})
+    tuned = zoo_logits(model, inputs)
+    with injection.disabled():
+        plain = zoo_logits(model, inputs)
+    again = zoo_logits(model, inputs)
+    injection.eject()
+    after = zoo_logits(model, inputs)
+    assert not torch.equal(tuned, plain)
+    assert torch.equal(again, tuned)
+    assert torch.equal(after, before)
+    torch.testing.assert_close(plain, before, rtol=1e-6, atol=0)

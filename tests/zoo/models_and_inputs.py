@@ -53,7 +53,17 @@ def build(entry, **options):
     """The model in fp32 and eval mode; the same bits each time."""
     config = CONFIG_MAPPING[entry["model_type"]](**json.loads(json.dumps(entry["config"])))
     seed_everything()
-    return auto_class(entry).from_config(config, dtype=torch.float32, **options).float().eval()
+    model = auto_class(entry).from_config(config, dtype=torch.float32, **options).float().eval()
+    _fill_zero_matrices(model)
+    return model
+
+
+def _fill_zero_matrices(model):
+    """Some projections start at zero, so that untrained blocks pass their input on; no checkpoint's stay so."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
 
 
 def seed_everything():
