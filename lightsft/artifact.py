@@ -80,16 +80,25 @@ def load(directory: str | Path, backbone: Backbone | PreTrainedModel | None = No
     if settings is not None:
         _check_base(directory, settings, backbone)
         strategy = registry.strategy(settings["strategy"], **settings["options"])
-        injection = strategy.inject(backbone, seed=settings["seed"])
+        injection = _restored(strategy, backbone, settings["seed"])
     else:
         tensors = _without_base_copies(directory, tensors, backbone)
-        injection = _strategy_from_peft(directory, tensors).inject(backbone)
+        injection = _restored(_strategy_from_peft(directory, tensors), backbone)
     try:
         injection.load_tensors(tensors, origin=str(directory))
     except LightsftError:
         injection.eject()
         raise
     return injection
+
+
+def _restored(strategy: Strategy, backbone: Backbone, seed: int = 0) -> Injection:
+    """The strategy, placed to be given saved values: what it starts from does not matter."""
+    backbone.restoring = True
+    try:
+        return strategy.inject(backbone, seed=seed)
+    finally:
+        backbone.restoring = False
 
 
 def load_base(directory: Path, base: str | None = None, **options: Any) -> Backbone:

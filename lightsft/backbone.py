@@ -68,6 +68,7 @@ class Backbone:
         self.stored_dtype = model.dtype  # of the weights as loaded; masters of trained ones may be wider
         self.carries: str | None = None  # the strategy that is injected, if any
         self.open_injection: Injection | None = None  # while a strategy is being placed
+        self.restoring = False  # while what is being placed gets its values from a folder
         self._example = example
 
     @classmethod
@@ -129,9 +130,9 @@ class Backbone:
         return self._dry_run[0]
 
     def examples_of(self, tokens: int, start: int = 0) -> Iterator[Mapping[str, Any]]:
-        """Examples of batch size 1 to try in turn: so many tokens, where the model takes token ids, then the usual one.
+        """Examples to try in turn: so many tokens, where the model takes token ids, then the usual one's first row.
 
-        Another choice of tokens for each `start`.
+        Another choice of tokens for each `start`. The usual one whole is the last: some models read rows together.
         """
         example = self.example or {}
         if self._example is None and "input_ids" in example and example.keys() == tiny_inputs(self.model).keys():
@@ -139,6 +140,7 @@ class Backbone:
         yield {
             name: value[:1] if isinstance(value, Tensor) and value.dim() else value for name, value in example.items()
         }
+        yield example
 
     @property
     def is_large(self) -> bool:

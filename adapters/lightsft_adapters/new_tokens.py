@@ -23,9 +23,9 @@ from lightsft.primitives.trained_rows import PlacedRows
 from lightsft.seeding import generator
 from lightsft.vocabulary import Table, Vocabulary, find_vocabulary
 from lightsft_adapters.checks import at_least, one_of
+from lightsft_adapters.pieces import SCALE_SAMPLE, pieces_of
 
 INITIALISATIONS = ("mean", "text", "random")
-SCALE_SAMPLE = 1000  # rows that tell the scale of all
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class NewTokens:
     count: so many new rows without a text, instead.
     rows: ids of tokens to train, instead; those beyond the last one are new.
     initialisation: of new rows: "mean" (of all rows), "text" (the mean of the rows of the pieces that the token's text
-        was split into before) or "random" (normal, as wide as all rows). Rows of tokens that were known start as they
-        are.
+        is split into without it) or "random" (normal, as wide as all rows). Rows of tokens that were known start as
+        they are.
     special: the tokenizer treats `tokens` as marks, which it leaves out of decoded text when asked to.
     """
 
@@ -144,15 +144,19 @@ class _Starts:
     def __init__(
         self, strategy: NewTokens, backbone: Backbone, tokenizer: Any, vocabulary: Vocabulary, ids: list[int], seed: int
     ) -> None:
-        """`tokenizer` is the one that does not know the tokens yet."""
+        """`tokenizer` is the one that was given: it may know the tokens already, with rows of the model or without."""
         self.model, self.ids, self.seed, self.initialisation = backbone.model, ids, seed, strategy.initialisation
         self.pieces: Mapping[int, list[int]] = {}
-        self.known = {i for i in strategy.rows if i < vocabulary.size}
+        known = strategy.rows
         if strategy.tokens and tokenizer is not None:
             words = tokenizer.get_vocab()
-            self.known = {words[token] for token in strategy.tokens if token in words}
-        if strategy.initialisation == "text":
-            self.pieces = {i: _pieces(tokenizer, token) for i, token in zip(ids, strategy.tokens, strict=True)}
+            known = [words[token] for token in strategy.tokens if token in words]
+        self.known = {i for i in known if i < vocabulary.size}
+        if self.initialisation == "text" and backbone.restoring:
+            self.initialisation = "mean"  # the rows come from a file, the pieces are not needed
+        elif self.initialisation == "text":
+            texts = dict(zip(ids, strategy.tokens, strict=True))
+            self.pieces = {i: pieces_of(tokenizer, t, vocabulary.size) for i, t in texts.items() if i not in self.known}
 
     def of(self, table: Table) -> Tensor:
         """(tokens, ...), fp32."""
@@ -190,17 +194,3 @@ def _check_runs(backbone: Backbone, token: int) -> None:
             expected="a model that looks tokens up in those tables alone that transformers resizes",
             todo="train rows of tokens that it has already: new_tokens(rows=[...])",
         ) from error
-
-
-def _pieces(tokenizer: Any, token: str) -> list[int]:
-    """Ids of the pieces that a text was split into before it became a token."""
-    if tokenizer is None:
-        raise ConfigurationError(
-            "initialisation='text' on a backbone without a tokenizer",
-            expected="a tokenizer that splits the text",
-            todo="load it with Backbone.load, or give one: Backbone(model, tokenizer=...)",
-        )
-    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ConfigurationError(f"the tokenizer finds no piece in {token!r}", expected="at least one piece")
-    return list(ids)

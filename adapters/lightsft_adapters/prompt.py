@@ -19,9 +19,9 @@ from lightsft.primitives.side import first_output
 from lightsft.primitives.virtual_tokens import VirtualTokens, place_virtual_tokens
 from lightsft.seeding import generator
 from lightsft_adapters.checks import at_least, one_of
+from lightsft_adapters.pieces import SCALE_SAMPLE, pieces_of
 
 INITIALISATIONS = ("vocabulary", "text", "random")
-SCALE_SAMPLE = 1000  # tokens whose embeddings tell the scale of all
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Prompt:
 
     def _start(self, backbone: Backbone, path: InputPath, random: torch.Generator) -> Tensor:
         """(num_virtual_tokens, size), fp32."""
-        if self.initialisation == "text":
-            ids = _token_ids(backbone, str(self.text))
+        vocabulary = _vocabulary_size(backbone, path)
+        if self.initialisation == "text" and not backbone.restoring:
+            ids = torch.tensor(pieces_of(backbone.tokenizer, str(self.text), vocabulary))
             return _embedded(
                 backbone, path, ids.repeat(-(-self.num_virtual_tokens // len(ids)))[: self.num_virtual_tokens]
             )
-        vocabulary = _vocabulary_size(backbone, path)
-        if self.initialisation == "vocabulary":
+        if self.initialisation != "random":  # also of "text" whose embeddings come from a file
             return _embedded(backbone, path, torch.randint(vocabulary, (self.num_virtual_tokens,), generator=random))
         some = _embedded(backbone, path, torch.randint(vocabulary, (SCALE_SAMPLE,), generator=random))
         return torch.empty(self.num_virtual_tokens, path.size).normal_(generator=random) * some.std()
@@ -94,17 +94,3 @@ def _embedded(backbone: Backbone, path: InputPath, ids: Tensor) -> Tensor:
 def _vocabulary_size(backbone: Backbone, path: InputPath) -> int:
     size: Any = getattr(backbone.module(path.embedding), "num_embeddings", None)
     return int(size or backbone.model.config.get_text_config().vocab_size)
-
-
-def _token_ids(backbone: Backbone, text: str) -> Tensor:
-    """(tokens): the text without special tokens."""
-    if backbone.tokenizer is None:
-        raise ConfigurationError(
-            "initialisation='text' on a backbone without a tokenizer",
-            expected="a tokenizer that splits the text",
-            todo="load it with Backbone.load, or give one: Backbone(model, tokenizer=...)",
-        )
-    ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ConfigurationError(f"the tokenizer finds no token in text={text!r}", expected="at least one token")
-    return torch.tensor(ids)

@@ -170,6 +170,69 @@ def test_text_rows_start_at_the_mean_of_the_pieces_that_the_text_was_split_into(
         assert off(rows[f"{name}.weight.rows"], expected) <= 1e-6
 
 
+@pytest.mark.parametrize("initialisation", ["mean", "text", "random"])
+def test_a_tokenizer_that_has_the_tokens_already_gives_the_same_rows(initialisation):
+    plain, extended, tokens = chat_tokenizer(), copy.deepcopy(chat_tokenizer()), ("<ab>", "zz")
+    extended.add_tokens(list(tokens))
+    strategy = NewTokens(tokens=tokens, initialisation=initialisation)
+    model = tiny("llama", vocab_size=len(plain))
+    before = logits(model)
+    injection = strategy.inject(Backbone(model, tokenizer=extended))
+    assert same(injection.tensors(), strategy.inject(llama(plain)).tensors())
+    assert len(injection.backbone.tokenizer) == len(extended) == len(plain) + 2
+    assert injection.backbone.model.config.vocab_size == len(extended)
+    assert torch.equal(logits(injection.eject().model), before)
+
+
+def test_a_saved_folder_loads_onto_the_base_with_the_saved_tokenizer(tmp_path):
+    injection = randomise(NewTokens(tokens=("<ab>", "zz"), initialisation="text").inject(llama(chat_tokenizer())))
+    injection.save(tmp_path)
+    injection.backbone.tokenizer.save_pretrained(tmp_path)
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    loaded = lightsft.load(tmp_path, Backbone(tiny("llama", vocab_size=len(chat_tokenizer())), tokenizer=saved))
+    assert same(loaded.tensors(), injection.tensors())
+    given = {"input_ids": torch.tensor([saved("x<ab>yzz", add_special_tokens=False)["input_ids"]])}
+    with torch.no_grad():
+        assert torch.equal(loaded.model(**given).logits, injection.model(**given).logits)
+
+
+def test_text_rows_load_without_a_tokenizer(tmp_path):
+    injection = randomise(NewTokens(tokens=("<ab>",), initialisation="text").inject(llama(chat_tokenizer())))
+    injection.save(tmp_path)
+    loaded = lightsft.load(tmp_path, tiny("llama", vocab_size=len(chat_tokenizer())))
+    assert loaded.strategy == injection.strategy
+    assert same(loaded.tensors(), injection.tensors())
+    assert not loaded.backbone.restoring
+    loaded.eject()
+    with pytest.raises(ConfigurationError, match="without a tokenizer"):
+        loaded.strategy.inject(loaded.backbone)
+
+
+def test_a_tokenizer_that_cannot_forget_a_token_is_refused():
+    class Knows:
+        """A tokenizer without a backend."""
+
+        def __call__(self, text, **options):
+            return {"input_ids": [VOCABULARY]}
+
+        def __deepcopy__(self, memo):
+            return self
+
+        def add_tokens(self, tokens, **options):
+            return 0
+
+        def get_vocab(self):
+            return {"<a>": VOCABULARY}
+
+        def convert_tokens_to_ids(self, tokens):
+            return [VOCABULARY]
+
+    backbone = llama()
+    backbone.tokenizer = Knows()
+    with pytest.raises(ConfigurationError, match=f"the token {VOCABULARY} of '<a>', and the model has {VOCABULARY}"):
+        NewTokens(tokens=("<a>",), initialisation="text").inject(backbone)
+
+
 def test_random_rows_are_as_wide_as_the_others_and_depend_on_the_seed_alone():
     def start(seed, **options):
         return rows_of(NewTokens(initialisation="random", **options).inject(llama(), seed=seed))["lm_head.weight.rows"]

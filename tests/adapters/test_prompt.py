@@ -513,6 +513,15 @@ def test_the_text_start_is_its_tokens_repeated_or_cut(text, expected):
     assert torch.equal(start, model.get_input_embeddings().weight[expected])
 
 
+def test_a_text_start_loads_without_a_tokenizer(tmp_path):
+    strategy = Prompt(3, initialisation="text", text="abc")
+    injection = randomise(strategy.inject(Backbone(tiny("llama"), tokenizer=Letters())))
+    injection.save(tmp_path)
+    loaded = lightsft.load(tmp_path, tiny("llama"))
+    assert loaded.strategy == strategy
+    assert torch.equal(logits(loaded.model), logits(injection.model))
+
+
 def test_the_random_start_is_as_wide_as_the_vocabulary():
     model = tiny("llama")
     start = start_of(model, tokens=200, initialisation="random")
