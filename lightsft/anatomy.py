@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from lightsft.dry_run import text_config
 from lightsft.trace import Trace, nearest_called
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -123,6 +124,15 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer, however its weight is stored."""
+    if isinstance(layer, Conv1D):
+        inputs, outputs = layer.weight.shape
+        return int(outputs), int(inputs)
+    assert isinstance(layer, nn.Linear)
+    return layer.out_features, layer.in_features
+
+
 def is_layer(module: nn.Module) -> bool:
     """A linear layer or a convolution that owns its weight (one under weight normalisation does not)."""
     return isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS)) and "weight" in module._parameters
@@ -209,12 +219,23 @@ def _weights(
             name=owner if attribute == "weight" else name,
             owners=tuple(owners[id(parameter)]),
             places=places,
-            called=places == ((name, owner),) and (table or (own_layer and is_linear(modules[owner]))),
+            called=places == ((name, owner),) and (table or _is_called_as_linear(modules[owner], owner, seen)),
             experts=int(parameter.shape[0]) if expert else 0,
             embedding=table,
         )
         found[weight.name] = weight
     return found
+
+
+def _is_called_as_linear(module: nn.Module, name: str, seen: Trace | None) -> bool:
+    """Whether its call maps the last dimension by the whole weight; a grouped layer multiplies with parts of it."""
+    if not is_linear(module):
+        return False
+    call = seen.calls.get(name) if seen is not None else None
+    if call is None or not call.input_shape or not call.output_shape:
+        return True
+    outputs, inputs = linear_shape(module)
+    return call.input_shape[-1] == inputs and call.output_shape == (*call.input_shape[:-1], outputs)
 
 
 def _places(name: str, owners: tuple[str, ...], seen: Trace | None) -> Iterator[tuple[str, str]]:
@@ -250,7 +271,7 @@ def _routing(model: PreTrainedModel, seen: Trace | None) -> tuple[frozenset[str]
     """(parameters whose product selects experts, numbers of experts); without a trace, from the configuration."""
     if seen is not None and seen.selectors:
         return frozenset(seen.selectors), frozenset(seen.selectors.values())
-    config = model.config.get_text_config().to_dict()
+    config = text_config(model).to_dict()
     counts = {v for k, v in config.items() if "expert" in k and isinstance(v, int) and v > 1}
     routers = {
         name
@@ -263,7 +284,7 @@ def _routing(model: PreTrainedModel, seen: Trace | None) -> tuple[frozenset[str]
 def _has_experts_beside(model: PreTrainedModel, name: str, counts: set[int]) -> bool:
     parent = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
     return any(parameter.ndim == 3 and parameter.shape[0] in counts for parameter in parent.parameters()) or any(
-        isinstance(module, nn.ModuleList) and len(module) in counts for module in parent.modules()
+        isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) in counts for module in parent.modules()
     )
 
 
@@ -286,7 +307,7 @@ def may_be_routed_to(model: nn.Module, name: str, called: frozenset[str]) -> boo
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         parent, own = ".".join(parts[:end]), parts[end]
-        if isinstance(model.get_submodule(parent), nn.ModuleList):
+        if isinstance(model.get_submodule(parent), nn.ModuleList | nn.ModuleDict):
             ran = {other.removeprefix(parent + ".").split(".")[0] for other in called if is_within(other, parent)}
             return bool(ran) and own not in ran
     return False

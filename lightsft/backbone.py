@@ -76,14 +76,15 @@ class Backbone:
         cls,
         path_or_id: str | Path,
         *,
-        task: str = "classification",
+        task: str | None = "classification",
+        kind: type[PreTrainedModel] | None = None,
         labels: Sequence[str] | None = None,
         dtype: str | torch.dtype = "auto",
         weight_dtype: str | torch.dtype | None = None,
         device: str = "auto",
         seed: int = 0,
     ) -> Backbone:
-        """Load a local folder, a hub id or a GGUF file for `task` ("classification" or "chat").
+        """Load a local folder, a hub id or a GGUF file for `task` ("classification" or "chat"), or as a model of `kind`.
 
         `labels` names the classes in order and sizes the head. `dtype` is what it computes in ("auto": what is fast
         and safe on the device), `weight_dtype` what its weights are kept in (default: the same; "checkpoint": as
@@ -96,16 +97,16 @@ class Backbone:
             weights = compute if compute is not None else "auto"
         else:
             weights = "auto" if weight_dtype == "checkpoint" else choose_dtype(weight_dtype, place)
-        folder, gguf = _locate(path_or_id)
+        folder, gguf = locate(path_or_id)
         options: dict[str, Any] = {"dtype": weights, **_gguf_options(gguf)}
         if labels is not None:
             options["num_labels"] = len(labels)
             options["id2label"] = dict(enumerate(labels))
             options["label2id"] = {label: index for index, label in enumerate(labels)}
             options["ignore_mismatched_sizes"] = True
-        with _loading(str(path_or_id)), _seeded(seed):
+        with loading(str(path_or_id)), _seeded(seed):
             tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
-            model, info = _auto_class(task).from_pretrained(folder, output_loading_info=True, **options)
+            model, info = (kind or auto_class(task)).from_pretrained(folder, output_loading_info=True, **options)
         fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
         _give_padding(model, tokenizer)
         if compute is None:
@@ -145,7 +146,7 @@ class Backbone:
     @property
     def is_large(self) -> bool:
         """Whether reading all weights takes long enough to be noticed."""
-        return self.model.num_parameters() > LARGE
+        return bool(self.model.num_parameters() > LARGE)
 
     @cached_property
     def moving_buffers(self) -> list[str]:
@@ -238,7 +239,7 @@ def _some_values(parameter: nn.Parameter) -> list[float]:
     return [float(value) for value in picked.float().cpu()]
 
 
-def _locate(path_or_id: str | Path) -> tuple[str, str | None]:
+def locate(path_or_id: str | Path) -> tuple[str, str | None]:
     """(folder or hub id, GGUF file name or None) of what was asked for."""
     path = Path(path_or_id)
     if path.suffix == ".gguf":
@@ -273,7 +274,8 @@ def _gguf_options(gguf: str | None) -> dict[str, Any]:
     return options
 
 
-def _auto_class(task: str) -> Any:
+def auto_class(task: str | None) -> Any:
+    """The auto class of transformers that makes models for a task."""
     if task not in AUTO_CLASSES:
         raise BackboneError(f"no task named {task!r}", expected=f"one of {', '.join(AUTO_CLASSES)}")
     return getattr(transformers, AUTO_CLASSES[task])
@@ -295,7 +297,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loading(path_or_id: str) -> Iterator[None]:
+def loading(path_or_id: str) -> Iterator[None]:
     """Quiet loading (missing heads are expected, and reported by us), with transformers' errors made readable."""
     try:
         with quiet():
@@ -310,6 +312,6 @@ def _loading(path_or_id: str) -> Iterator[None]:
 
 def load_tokenizer(path_or_id: str) -> Any:
     """The tokenizer of a checkpoint, without its weights."""
-    folder, gguf = _locate(path_or_id)
-    with _loading(path_or_id):
+    folder, gguf = locate(path_or_id)
+    with loading(path_or_id):
         return AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))

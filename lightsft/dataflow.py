@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightsft.anatomy import CONVOLUTIONS, Anatomy, Weight, is_layer
 from lightsft.backbone import Backbone
-from lightsft.dry_run import evaluating, input_embeddings, tensors_in
+from lightsft.dry_run import evaluating, input_embeddings, tensors_in, visible_attention
 from lightsft.trace import PRODUCTS, VIEWS
 
 ROLES = ("query", "key", "value")
@@ -81,6 +81,7 @@ def read_dataflow(backbone: Backbone) -> Dataflow:
     watcher = _Watcher(model, backbone.anatomy, seen.writers)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        stack.enter_context(visible_attention(model))
         stack.enter_context(_zero_vectors_filled(model))
         stack.callback(_restore, model, {name: p.requires_grad for name, p in model.named_parameters()})
         for name, parameter in model.named_parameters():

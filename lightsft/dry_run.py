@@ -37,6 +37,9 @@ def candidate_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
             if extra:
                 yield plain | extra
             yield plain | extra | {"input_ids": _with_special_tokens(model, plain["input_ids"])}
+        books = getattr(text_config(model), "num_codebooks", None)
+        if isinstance(books, int):  # sounds as several streams of tokens, one per row
+            yield {"input_ids": texts[0]["input_ids"].expand(books, -1).contiguous()}
     if main != "input_ids":
         yield from _sensor_inputs(model, main)
     yield {name: value.to(model.device) for name, value in model.dummy_inputs.items()}
@@ -72,9 +75,17 @@ def _text_inputs(model: PreTrainedModel, tokens: int, decoder_tokens: int, start
     return inputs
 
 
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the part that reads tokens; where a text encoder feeds a decoder, of the decoder."""
+    try:
+        return model.config.get_text_config()
+    except ValueError:  # it has several
+        return model.config.get_text_config(decoder=True)
+
+
 def _positions(model: PreTrainedModel) -> int:
     """How many positions the model has, 0 where it does not say."""
-    return max(0, int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0))
+    return max(0, int(getattr(text_config(model), "max_position_embeddings", None) or 0))
 
 
 def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
@@ -116,7 +127,7 @@ def _with_special_tokens(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """The same ids, holding each special token of the configuration once."""
     special = {
         value
-        for name, value in model.config.get_text_config().to_dict().items()
+        for name, value in text_config(model).to_dict().items()
         if name.endswith("_token_id") and not name.startswith("pad") and isinstance(value, int) and value >= 0
     }
     ids = input_ids.clone()
@@ -218,6 +229,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         forget_derived(model)
 
 
+@contextmanager
+def visible_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it attention is made of torch's own functions, since inside a kernel nothing shows."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    chosen = [(config, getattr(config, "_attn_implementation_internal", None)) for config in configs.values()]
+    hidden = [(config, name) for config, name in chosen if name not in (None, "eager", "sdpa")]
+    for config, _ in hidden:
+        config._attn_implementation_internal = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    try:
+        yield
+    finally:
+        for config, name in hidden:
+            config._attn_implementation_internal = name
+
+
 def forget_derived(model: nn.Module) -> None:
     """Let modules drop what they computed from their weights for evaluation (a table of attention biases, say).
 
@@ -246,7 +272,7 @@ def training_without_chance(model: nn.Module) -> Iterator[None]:
 
 def _token_ids(model: PreTrainedModel, tokens: int, start: int) -> Tensor:
     embeddings = input_embeddings(model)
-    config = model.config.get_text_config()
+    config = text_config(model)
     vocabulary = int(getattr(embeddings, "num_embeddings", 0) or getattr(config, "vocab_size", BYTES))
     low = min(20, vocabulary // 4)  # special tokens usually come first
     ids = low + ((torch.arange(tokens) + start * tokens) * 7919) % (vocabulary - low)

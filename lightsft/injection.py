@@ -342,8 +342,8 @@ def injecting(strategy: Strategy, backbone: Backbone, seed: int) -> Iterator[Inj
     injection = Injection(backbone, strategy, seed)
     backbone.open_injection = injection
     try:
-        with torch.random.fork_rng(devices=[]):  # new layers draw before they are initialised from the seed
-            yield injection
+        with torch.random.fork_rng(devices=[]), _default_type(torch.float32):
+            yield injection  # new layers draw before they are initialised from the seed
         injection.unfreeze(backbone.head)
         if moving:
             injection.place(BufferState(backbone.model, moving))
@@ -358,6 +358,17 @@ def injecting(strategy: Strategy, backbone: Backbone, seed: int) -> Iterator[Inj
         raise
     finally:
         backbone.open_injection = None
+
+
+@contextmanager
+def _default_type(dtype: torch.dtype) -> Iterator[None]:
+    """What is trained is fp32, whatever type new tensors get elsewhere."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _check_placed(injection: Injection) -> None:

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightsft.anatomy import Anatomy, is_within
 from lightsft.backbone import Backbone
-from lightsft.dry_run import evaluating, tensors_in
+from lightsft.dry_run import evaluating, tensors_in, visible_attention
 from lightsft.trace import ADDITIONS, PRODUCTS, VIEWS
 
 EXPANDING = frozenset({"expand_as", "view_as", "type_as"})
@@ -181,7 +181,7 @@ def find_biases(backbone: Backbone) -> list[Bias]:
     if example is None or anatomy.trace is None:
         return []
     watcher = _Additions(backbone.model, anatomy)
-    with evaluating(backbone.model), torch.no_grad(), watcher:
+    with evaluating(backbone.model), visible_attention(backbone.model), torch.no_grad(), watcher:
         backbone.model(**example)
     norms = {bias for norm in find_norms(backbone) for bias in norm.biases}
     return [

@@ -12,20 +12,24 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import wraps
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
 
-from lightsft.dry_run import evaluating, predictions, tensors_in, training_without_chance
+from lightsft.dry_run import evaluating, predictions, tensors_in, training_without_chance, visible_attention
 from lightsft.errors import InjectionError
 
 PRODUCTS = ("linear", "matmul", "mm", "einsum", "conv", "tensordot", "multi_head_attention_forward")
 ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 SELECTIONS = frozenset({"topk", "argmax", "max", "sort", "argsort"})
 JOINS = frozenset({"cat", "concat", "concatenate"})
+COMPOSITES = frozenset({"multi_head_attention_forward"})  # made of other torch functions, in Python
 VIEWS = frozenset(
     {"__get__", "__getitem__", "view", "reshape", "transpose", "permute", "t", "swapaxes", "movedim", "flatten"}
     | {"unflatten", "squeeze", "unsqueeze", "expand", "contiguous", "to", "type", "float", "half", "bfloat16"}
@@ -75,12 +79,12 @@ class _Mark:
     scores: tuple[int, int] | None = None  # numbers of queries and keys, if it is the product of two activations
 
 
-def trace(model: nn.Module, inputs: Mapping[str, Any], blocks: tuple[str, ...]) -> Trace:
+def trace(model: PreTrainedModel, inputs: Mapping[str, Any], blocks: tuple[str, ...]) -> Trace:
     """Run `model(**inputs)` in evaluation mode, and in training mode without chance, and report; leave it as it was.
 
     What runs and in which order is that of evaluation; a weight counts as read wherever either mode reads it.
     """
-    with evaluating(model):
+    with evaluating(model), visible_attention(model):
         seen = _watched(model, inputs, blocks)
         with suppress(Exception), training_without_chance(model):  # in training some models refuse this input
             trained = _watched(model, inputs, blocks)
@@ -94,6 +98,17 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], blocks: tuple[str, ...]) 
                 selectors=dict(trained.selectors) | dict(seen.selectors),
             )
         return seen
+
+
+def in_steps(mode: TorchFunctionMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of one of `COMPOSITES`, whose steps `mode` is shown.
+
+    Such a function asks first whether a mode is running, to which it then hands itself as a whole. A copy does not ask.
+    """
+    names = {**func.__globals__, "has_torch_function": lambda tensors: False}
+    silent = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+    with mode:
+        return silent(*args, **kwargs)
 
 
 def meta_copy(model: ModelType) -> ModelType:
@@ -135,6 +150,20 @@ def _restore(model: nn.Module, trained: Mapping[str, bool]) -> None:
             parameter.requires_grad_(trained[name])
 
 
+class _Replaced:
+    """An attribute of an object with another value, until it is removed."""
+
+    def __init__(self, owner: object, name: str, value: Any) -> None:
+        self.attributes, self.name = vars(owner), name
+        self.before = {key: self.attributes[key] for key in (name,) if key in self.attributes}
+        self.attributes[name] = value
+
+    def remove(self) -> None:
+        """Put back what was there, or nothing."""
+        del self.attributes[self.name]
+        self.attributes |= self.before
+
+
 class _Watcher(TorchFunctionMode):
     """Follows tensors through one forward pass; `inside` is the stack of the running modules."""
 
@@ -163,6 +192,26 @@ class _Watcher(TorchFunctionMode):
         for module in self.modules:
             yield module.register_forward_pre_hook(self._enter, with_kwargs=True)
             yield module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+            if self.modules[module] in self.blocks:
+                yield self._noticed(module)
+
+    def _noticed(self, module: nn.Module) -> _Replaced:
+        """Notice a block whose `forward` is called past its hooks."""
+        forward, name = module.forward, self.modules[module]
+
+        @wraps(forward)
+        def noticed(*args: Any, **kwargs: Any) -> Any:
+            if self.inside and self.inside[-1] == name:
+                return forward(*args, **kwargs)
+            output = None
+            self._enter(module, args, kwargs)
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                self._leave(module, args, kwargs, output)
+            return output
+
+        return _Replaced(module, "forward", noticed)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = self.modules[module]
@@ -203,8 +252,10 @@ class _Watcher(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call `func`, then note what it means."""
-        result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if name in COMPOSITES:
+            return in_steps(self, func, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
         if not isinstance(result, Tensor | tuple | list) or name.endswith("_like") or name.startswith("new_"):
             return result
         given = list(tensors_in((*args, *(kwargs or {}).values())))

@@ -5,7 +5,9 @@ from torch import nn
 from lightsft import Backbone
 from lightsft.anatomy import find_blocks, is_within
 from lightsft.sublayers import find_sublayers
+from lightsft_adapters import LoRA
 from tests.tiny_models import tiny
+from tests.zoo.models_and_inputs import build, find
 
 STACKS = {
     "bert": ["bert.encoder.layer"],
@@ -143,3 +145,26 @@ def test_albert_whose_layers_share_weights_has_its_blocks_found():
     anatomy = Backbone(transformers.AlbertForSequenceClassification(config)).anatomy
     assert anatomy.depth == 1
     assert len(anatomy.linear) == 6
+
+
+def test_a_linear_layer_that_multiplies_with_groups_of_its_rows_is_read_not_called():
+    """DeepSeek-V4's output projection is an nn.Linear whose forward is block-diagonal."""
+    anatomy = Backbone(build(find("causal-lm", "deepseek_v4"))).anatomy
+    assert not anatomy.weights["model.layers.0.self_attn.o_a_proj"].called
+    assert anatomy.weights["model.layers.0.self_attn.o_b_proj"].called
+
+
+def test_experts_in_a_dictionary_that_no_token_reached_are_experts_all_the_same():
+    entry = find("seq2seq", "switch_transformers")
+    entry["config"]["num_experts"] = 8
+    injection = LoRA(4).inject(Backbone(build(entry)))
+    served = {name.rpartition(".wi.")[0] for name in injection.named_parameters() if ".wi." in name}
+    experts = {name for name in served if ".experts." in name}
+    lists = {name.rpartition(".")[0] for name in experts}
+    assert experts == {f"{parent}.expert_{index}" for parent in lists for index in range(8)}
+    assert not [name for name in injection.skipped if "expert" in name]
+
+
+def test_codebooks_are_given_a_row_each():
+    backbone = Backbone(build(find("causal-lm", "musicgen")))
+    assert backbone.example["input_ids"].shape[0] == backbone.model.config.decoder.num_codebooks

@@ -492,3 +492,16 @@ def test_what_a_model_derived_from_its_weights_for_evaluation_is_not_used_when_t
     assert torch.equal(again, tuned)
     assert torch.equal(after, before)
     torch.testing.assert_close(plain, before, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora", "adapter", "vera", "compacter", "prompt", "p_tuning", "ia3", "reft", "prefix"]
+)
+def test_what_is_trained_is_fp32_whatever_the_default_type_is(name):
+    model = tiny("bert")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        injection = lightsft.strategy(name).inject(Backbone(model))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in injection.parameters()} == {torch.float32}

@@ -509,3 +509,18 @@ def test_a_copy_without_weights_keeps_what_is_tied_and_what_is_trained():
     assert copy[1].weight is copy[0].weight
     assert not copy[0].bias.requires_grad
     assert copy[1].bias.requires_grad
+
+
+class PastHooks(Wrapped):
+    """Calls `forward` of its block, so the block's hooks do not run."""
+
+    def forward(self, x):
+        return (self.block.forward(x),)
+
+
+def test_a_block_whose_forward_is_called_past_its_hooks_is_noticed():
+    model = PastHooks(Attention(WrittenOut()))
+    seen = traced(model, ["block"])
+    assert seen == traced(Wrapped(model.block), ["block"])
+    assert "block" in seen.calls
+    assert "forward" not in vars(model.block)

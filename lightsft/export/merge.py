@@ -11,6 +11,7 @@ import torch
 from lightsft import artifact
 from lightsft.backbone import Backbone
 from lightsft.data.reading import Row
+from lightsft.dry_run import text_config
 from lightsft.errors import MergeError
 from lightsft.export.certificate import CERTIFICATE, Batch, certify, logits_of, plain_logits, provenance
 from lightsft.files import new_folder, require_free, write_json
@@ -113,7 +114,7 @@ def _inputs(backbone: Backbone, task: Task | None, rows: Sequence[Row]) -> list[
         found = _random_inputs(backbone)
     else:
         found = [_without_labels(batch) for batch in batches(task, rows, backbone.tokenizer, 16)]
-    width = 1 if backbone.head else int(backbone.model.config.get_text_config().vocab_size)
+    width = 1 if backbone.head else int(text_config(backbone.model).vocab_size)
     kept: list[Batch] = []
     numbers = 0
     for batch in found:
@@ -129,7 +130,7 @@ def _without_labels(batch: Batch) -> Batch:
 
 
 def _random_inputs(backbone: Backbone) -> list[Batch]:
-    vocabulary = int(backbone.model.config.get_text_config().vocab_size)
+    vocabulary = int(text_config(backbone.model).vocab_size)
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (RANDOM_INPUTS, RANDOM_TOKENS), generator=random)
     end = getattr(backbone.model.config, "eos_token_id", None)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightsft.dry_run import text_config
 from lightsft.primitives.base import Primitive
 
 
@@ -28,7 +29,7 @@ class Untied(Primitive):
     def _use(self, weight: nn.Parameter, *, tied: bool) -> None:
         self.model.get_submodule(self.name)._parameters["weight"] = weight
         config: Any = self.model.config
-        for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for part in {id(part): part for part in (config, text_config(self.model))}.values():
             before = bool(getattr(part, "tie_word_embeddings", False))
             self.tied_before.setdefault(id(part), before)
             part.tie_word_embeddings = self.tied_before[id(part)] if tied else False

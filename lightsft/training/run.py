@@ -19,6 +19,7 @@ from lightsft.config import TrainConfig
 from lightsft.data.reading import Row, read_rows, require_columns
 from lightsft.data.splits import Splits, at_most, split_rows
 from lightsft.device import choose_device, choose_dtype
+from lightsft.dry_run import text_config
 from lightsft.errors import ConfigurationError
 from lightsft.injection import ActsBetweenSteps, Injection, Strategy
 from lightsft.tasks import Task, task
@@ -134,7 +135,7 @@ def load_backbone(config: TrainConfig, prepared: Prepared, strategy: Strategy | 
 def _require_positions(config: TrainConfig, prepared: Prepared, backbone: Backbone) -> None:
     """Raise ConfigurationError if texts may be longer than the model reads."""
     model, tokenizer = backbone.model, backbone.tokenizer
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    positions = getattr(text_config(model), "max_position_embeddings", None) or 0
     limit = min(positions if positions > 0 else math.inf, tokenizer.model_max_length)
     wanted = config.max_length or min(getattr(prepared.task, "max_length", 0), tokenizer.model_max_length)
     if wanted > limit:

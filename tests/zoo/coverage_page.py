@@ -66,7 +66,7 @@ def _head(zoo):
     )
     yield (
         f"{len(zoo.plain)} tiny architectures ({types} model types in {len(zoo.tasks)} tasks, "
-        "`tests/zoo/tiny_configs.json`), each strategy with its default options, in fp32 on the CPU."
+        "`tests/zoo/*_configs.json`), each strategy with its default options, in fp32 on the CPU."
     )
     yield ""
     yield "**Passed** means that all of these hold, each in a process of its own (`tests/zoo/checks.py`):"

@@ -1,4 +1,4 @@
-"""Tiny models of every architecture in tiny_configs.json, and inputs that fit them. Nothing here imports lightsft.
+"""Tiny models of every architecture in the configuration files beside, and inputs that fit them; without lightsft.
 
     entry = entries()[0]
     model = build(entry)
@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-CONFIGURATIONS = Path(__file__).with_name("tiny_configs.json")
+CONFIGURATIONS = [Path(__file__).with_name(name) for name in ("tiny_configs.json", "more_configs.json")]
 LENGTH, ROWS, VOCABULARY, LABELS, IMAGE_SIZE = 16, 2, 160, 3, 32
 FRAMES, SAMPLES = 64, 3200
 AUTO_CLASSES = {
@@ -36,7 +36,7 @@ AUTO_CLASSES = {
 
 def entries():
     """Every architecture of the zoo: dictionaries with task, model_type, model_class, config, inputs, n_params."""
-    return json.loads(CONFIGURATIONS.read_text())["models"]
+    return [entry for file in CONFIGURATIONS for entry in json.loads(file.read_text())["models"]]
 
 
 def find(task, model_type):
@@ -243,7 +243,7 @@ def _length(kind, config):
 def _codebook_inputs(config, draw):
     """Music: one row of codes per codebook, (rows * codebooks, length)."""
     decoder = getattr(config, "decoder", config)
-    vocabulary, books = _vocabulary(config.model_type, config), decoder.num_codebooks
+    vocabulary, books = _vocabulary(config.model_type, decoder), decoder.num_codebooks
     return {
         "input_ids": draw.integers(0, vocabulary, ROWS * books, LENGTH),
         "labels": draw.integers(0, vocabulary, ROWS, LENGTH, books),
