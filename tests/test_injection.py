@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 
 import lightsft
 from lightsft import Backbone, Injection
@@ -505,3 +506,17 @@ def test_what_is_trained_is_fp32_whatever_the_default_type_is(name):
     finally:
         torch.set_default_dtype(torch.float32)
     assert {parameter.dtype for parameter in injection.parameters()} == {torch.float32}
+
+
+def test_a_new_head_that_shares_its_module_with_a_tied_weight_trains_in_half_precision():
+    """Its bias is new, its weight is the embedding's: both become fp32, and the embedding still gives bf16."""
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=100, is_decoder=True
+    )
+    model = transformers.BertLMHeadModel(config).to(torch.bfloat16)
+    fresh = [name for name, _ in model.named_parameters() if name.startswith("cls.")]
+    injection = LoRA(4).inject(Backbone(model, fresh=fresh))
+    assert {"cls.predictions.bias", "cls.predictions.transform.dense.weight"} <= set(injection.named_parameters())
+    assert "bert.embeddings.word_embeddings.weight" not in injection.named_parameters()
+    injection.eject()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

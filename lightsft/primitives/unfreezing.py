@@ -24,12 +24,7 @@ class Unfreezing(Primitive):
         self.model = model
         self._hidden: dict[str, Tensor] | None = None  # the trained values, while the originals are in place
         parameters = dict(model.named_parameters())
-        chosen = {id(parameters[name]) for name in names}
-        owners = {
-            path: module
-            for path, module in model.named_modules()
-            if any(id(parameter) in chosen for parameter in module.parameters(recurse=False))
-        }
+        owners = _owners(model, {id(parameters[name]) for name in names})
         together = {id(p) for module in owners.values() for p in module.parameters(recurse=False)}
         self.owners = tuple(owners)
         self.names = tuple(sorted(names))
@@ -120,6 +115,17 @@ class Unfreezing(Primitive):
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
             for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _CastBack)]:
                 del module._forward_hooks[key]
+
+
+def _owners(model: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
+    """The modules that own one of these parameters, or one that such a module shares with them (a tied weight)."""
+    owners = {
+        path: module
+        for path, module in model.named_modules()
+        if any(id(parameter) in chosen for parameter in module.parameters(recurse=False))
+    }
+    together = {id(parameter) for module in owners.values() for parameter in module.parameters(recurse=False)}
+    return owners if together <= chosen else _owners(model, together | chosen)
 
 
 def _cast_up(
