@@ -511,7 +511,12 @@ def test_what_is_trained_is_fp32_whatever_the_default_type_is(name):
 def test_a_new_head_that_shares_its_module_with_a_tied_weight_trains_in_half_precision():
     """Its bias is new, its weight is the embedding's: both become fp32, and the embedding still gives bf16."""
     config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=100, is_decoder=True
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=100,
+        is_decoder=True,
     )
     model = transformers.BertLMHeadModel(config).to(torch.bfloat16)
     fresh = [name for name, _ in model.named_parameters() if name.startswith("cls.")]
