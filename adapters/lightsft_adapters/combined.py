@@ -38,14 +38,19 @@ class Combination:
         return _learning_rate(self.parts[0]) if self.parts else DEFAULT_LEARNING_RATE
 
     @property
+    def places_last(self) -> int:
+        """As late as the part that has to come last."""
+        return max(map(_lateness, self.parts), default=0)
+
+    @property
     def trains_weights(self) -> bool:
         """Whether any part trains weights of the backbone in place."""
         return any(getattr(part, "trains_weights", False) for part in self.parts)
 
     def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
-        """Place every part on `backbone`, those that others' effects must not reach (`places_last`) at the end."""
+        """Place every part on `backbone`, those that others' effects must not reach at the end (by `places_last`)."""
         with injecting(self, backbone, seed) as injection:
-            parts = sorted(self.parts, key=lambda part: bool(getattr(part, "places_last", False)))
+            parts = sorted(self.parts, key=_lateness)
             for part in parts:
                 before = set(injection.named_parameters())
                 with _told_apart(part, parts):
@@ -112,6 +117,11 @@ def _made(part: object) -> Strategy:
             todo="give it beside strategies: combined(strategies=[...], learning_rate=1e-3)",
         )
     return registry.strategy(spec.name, **spec.options)
+
+
+def _lateness(strategy: Strategy) -> int:
+    """When it is placed: 0 in the order of the list, then new rows of the vocabulary (1), then virtual tokens (2)."""
+    return int(getattr(strategy, "places_last", 0))
 
 
 def _learning_rate(strategy: Strategy) -> float:

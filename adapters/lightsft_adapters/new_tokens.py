@@ -48,7 +48,7 @@ class NewTokens:
     special: bool = False
 
     learning_rate: ClassVar[float] = 1e-3
-    places_last: ClassVar[bool] = True  # what others do to embedding and head does not reach the new rows
+    places_last: ClassVar[int] = 1  # what others do to embedding and head does not reach the new rows
 
     def __post_init__(self) -> None:
         at_least("count", self.count, 0)

@@ -39,6 +39,7 @@ class Prompt:
     text: str | None = None
 
     learning_rate: ClassVar[float] = 3e-2
+    places_last: ClassVar[int] = 2  # nothing that is looked up replaces them, others see the input as it is given
 
     def __post_init__(self) -> None:
         at_least("num_virtual_tokens", self.num_virtual_tokens, 1)

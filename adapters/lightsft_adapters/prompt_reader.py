@@ -7,6 +7,7 @@ The prompt is what a causal language model is given before it answers:
 * otherwise, and in every other kind of model, all tokens. Once a cache is filled, no token is the prompt's.
 
 Padding never counts: it is what the innermost `attention_mask` of shape (batch, length) says it is, on either side.
+Virtual tokens that a prompt strategy puts into the input are nobody's prompt: positions count the caller's tokens.
 Where a block's sequence is longer than the mask (padded by the model itself, pictures after the text), the mask is
 continued with padding; where it is shorter (pooled, sampled down), it is taken at even spacing.
 
@@ -18,7 +19,7 @@ time is kept under the address of its input, which the checkpoint keeps alive me
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from lightsft.injection import Injection
 from lightsft.primitives import Part
 from lightsft.primitives.base import drop_hook
 from lightsft.primitives.input_path import by_name
-from lightsft.primitives.virtual_tokens import _cached_tokens
+from lightsft.primitives.virtual_tokens import TOKENS, VirtualTokens, _cached_tokens
 from lightsft_adapters.shared import PlacedShared, refer
 
 READER = "lightsft_prompt_reader"
@@ -44,11 +45,26 @@ MOST_KEPT = 4096  # blocks that wait for their backward pass
 
 @dataclass(frozen=True)
 class Reading:
-    """What is known of one forward pass. `prompt`: (batch, columns), true where a token is the prompt's; None: all."""
+    """What is known of one forward pass. `prompt`: (batch, columns), true where a token is the prompt's; None: all.
+
+    `virtual`: the tokens that stand among the caller's in the blocks, and the length of the sequence with them.
+    """
 
     mask: Tensor | None
     prompt: Tensor | None
     cached: bool
+    virtual: tuple[VirtualTokens, int] | None = None
+
+    def columns(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """(batch or 1, columns of the sequence), true where a token is the prompt's, false where it is virtual."""
+        total = length if self.virtual is None else self.virtual[1]
+        known = self.prompt
+        if known is None or known.shape[0] != batch:
+            known = torch.ones(1, total, dtype=torch.bool, device=device)
+        if self.virtual is None:
+            return known
+        tokens = self.virtual[0]
+        return tokens.insert(tokens.cut(known) if known.shape[1] == total else known, 0)
 
 
 class PromptReader(Part):
@@ -75,9 +91,7 @@ class PromptReader(Part):
         reading = self._reading(served, inputs)
         if reading.cached:
             return None
-        known = reading.prompt
-        if known is None or known.shape[0] != batch:
-            return torch.ones(1, length, dtype=torch.bool, device=inputs.device)
+        known = reading.columns(batch, length, inputs.device)
         columns = known.shape[1]
         if length > columns:
             return nn.functional.pad(known, (0, length - columns))
@@ -87,11 +101,11 @@ class PromptReader(Part):
 
     def _reading(self, served: nn.Module, inputs: Tensor) -> Reading:
         if not served.training:
-            return self.running[-1][1] if self.running else Reading(None, None, cached=False)
+            return self._current() if self.running else Reading(None, None, cached=False)
         key = (inputs.data_ptr(), inputs.shape)
         if self.running:
             self.kept.pop(key, None)  # so that the oldest come first
-            self.kept[key] = self.running[-1][1]
+            self.kept[key] = self._current()
             if len(self.kept) > MOST_KEPT:
                 del self.kept[next(iter(self.kept))]
         if key not in self.kept:
@@ -101,6 +115,14 @@ class PromptReader(Part):
                 todo="call the whole model, or use positions='all'",
             )
         return self.kept[key]
+
+    def _current(self) -> Reading:
+        """What the innermost running module knows, and the virtual tokens that a running one has let in."""
+        for module, _ in self.running:
+            tokens = module._modules.get(TOKENS)
+            if isinstance(tokens, VirtualTokens) and tokens.inserted is not None:
+                return replace(self.running[-1][1], virtual=(tokens, tokens.inserted[1]))
+        return self.running[-1][1]
 
     # ---- what the modules around it are called with
 

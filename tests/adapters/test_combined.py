@@ -22,6 +22,8 @@ from lightsft_adapters.combined import Combined
 from lightsft_adapters.mam import MAM
 from lightsft_adapters.new_tokens import NewTokens
 from lightsft_adapters.norm import NormTuning
+from lightsft_adapters.p_tuning import PTuning
+from lightsft_adapters.prompt import Prompt
 from tests.checkpoints import LABELS, labelled_rows, save_bert
 from tests.test_injection import same, shape_of, step, values_of
 from tests.tiny_models import (
@@ -225,6 +227,22 @@ def test_new_rows_come_last_whatever_the_order():
         assert off(model.lm_head(x)[:, -1], x @ row[0]) <= 1e-5
         made[first] = logits(model)
     assert torch.equal(made[True], made[False])
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "virtual", [Prompt(3), PTuning(3), Combined([Prompt(3)])], ids=["prompt", "p_tuning", "nested"]
+)
+def test_trained_rows_leave_virtual_tokens_alone(virtual, first):
+    """Row 3 is the id in whose place virtual tokens stand."""
+    model, rows = tiny("llama"), NewTokens(rows=[3, 4])
+    injection = Combined([virtual, rows] if first else [rows, virtual]).inject(Backbone(model))
+    before = logits(model)
+    with torch.no_grad():
+        for name, parameter in injection.named_parameters().items():
+            if not name.endswith(".rows"):
+                parameter.add_(1.0)
+    assert off(logits(model), before) > 1e-2
 
 
 def test_new_tokens_follow_a_head_that_lora_has_untied(tmp_path):

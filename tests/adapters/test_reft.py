@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import lightsft
 from lightsft import Backbone
 from lightsft.errors import ConfigurationError, InjectionError, MergeError, TargetError
+from lightsft_adapters.combined import Combined
+from lightsft_adapters.prompt import Prompt
 from lightsft_adapters.prompt_reader import PlacedPromptReader, PromptReader
 from lightsft_adapters.reft import LoReFTSide, ReFT, Site, Subspace, ends_of
 from tests.tiny_models import (
@@ -448,6 +450,59 @@ def test_after_generation_a_forward_pass_counts_all_tokens_again():
     before = logits(model)
     model.generate(**PROMPTS, **GREEDY)
     assert torch.equal(logits(model), before)
+
+
+# ---- beside virtual tokens
+
+
+def changed_by_reft(model, given, tokens=3, **options):
+    """(rows, columns) in which the last block's output changes with ReFT on it, virtual tokens included."""
+    parts = [ReFT(rank=3, layers=[-1], **options), Prompt(tokens)]
+    injection = randomise(Combined(parts).inject(Backbone(model)), scale=0.3)
+    name, side = sides_of(model)[0]
+    with torch.no_grad(), recorded(model, name) as seen:
+        model(**given)
+    assert seen["raw"].shape[1] == given["input_ids"].shape[1] + tokens
+    assert side.enabled
+    injection.eject()
+    return (seen["raw"] != seen["edited"]).any(-1).nonzero().tolist()
+
+
+@pytest.mark.parametrize(("positions", "columns"), [("f1", [0]), ("l1", [6]), ("f2+l1", [0, 1, 6])])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "bart"])
+def test_positions_count_the_callers_tokens_beside_virtual_ones(name, positions, columns):
+    """BERT has the virtual tokens after its first one, the others before it."""
+    given = ids([11, 12, 13, 14, 15, 16, EOS])
+    if name == "t5":
+        given["decoder_input_ids"] = given["input_ids"]
+    expected = [column if name == "bert" and column == 0 else column + 3 for column in columns]
+    assert changed_by_reft(tiny(name), given, positions=positions) == [[0, column] for column in expected]
+
+
+def test_padding_in_front_of_the_prompt_lies_between_it_and_the_virtual_tokens():
+    given = ids([0, 0, 0, 5, 6, 7, 8], [11, 12, 13, 14, 15, 16, 17])
+    changed = changed_by_reft(tiny("llama"), given, positions="f1+l2")
+    assert changed == [[0, 6], [0, 8], [0, 9], [1, 3], [1, 8], [1, 9]]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_with_virtual_tokens_edits_the_prompt_alone(use_cache):
+    """A batch with padding on the left generates as each row does alone, with a cache as without one."""
+    model = tiny("llama", eos_token_id=None)
+    parts = [ReFT(rank=3, positions="f1+l2"), Prompt(3)]
+    randomise(Combined(parts).inject(Backbone(model)), scale=0.3)
+    together = model.generate(**PROMPTS, **GREEDY, use_cache=use_cache)
+    for row, real in enumerate(PROMPTS["attention_mask"].bool()):
+        alone = PROMPTS["input_ids"][row : row + 1, real]
+        made = model.generate(input_ids=alone, attention_mask=torch.ones_like(alone), **GREEDY)
+        assert torch.equal(made[0, real.sum() :], together[row, 7:])
+
+
+def test_blocks_that_are_computed_again_know_of_the_virtual_tokens():
+    parts = [ReFT(rank=3, positions="f1+l2"), Prompt(3)]
+    injection = randomise(Combined(parts).inject(Backbone(tiny("llama"))), scale=0.3)
+    plain, checkpointed = gradients_with_and_without_checkpointing(injection)
+    assert furthest(checkpointed, plain) <= 1e-6
 
 
 # ---- placing, saving, removing
