@@ -51,7 +51,8 @@ class Strategy(Protocol):
     """A frozen dataclass whose fields are the user's options.
 
     Optional, read where they are there: `learning_rate`, a class-level default; `trains_weights`, whether it trains
-    weights of the backbone in place, which are then loaded in fp32.
+    weights of the backbone in place, which are then loaded in fp32; `positions_taken`, how many tokens it puts beside
+    the input's.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]

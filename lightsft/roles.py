@@ -164,7 +164,8 @@ class Bias:
     """A parameter that is added.
 
     `follows` names the weight to whose product it is added, if it is one's. `part` is "norm" for the bias of a
-    normalisation layer, "attention" for any other in an attention, "mlp" for the rest.
+    normalisation layer, "attention" for any other in an attention, "mlp" for the rest; "outside" is what no block
+    holds.
     """
 
     name: str
@@ -173,7 +174,7 @@ class Bias:
 
 
 def find_biases(backbone: Backbone) -> list[Bias]:
-    """The biases in the blocks, in the model's order, from one forward pass; none where no example input runs.
+    """The biases outside the task head, in the model's order, from one forward pass; none where no example runs.
 
     Those that no gradient reaches are left out: a router's that only chooses experts, say.
     """
@@ -187,11 +188,13 @@ def find_biases(backbone: Backbone) -> list[Bias]:
     return [
         Bias(name, _part(name, norms, anatomy), watcher.found[name])
         for name in watcher.names.values()
-        if name in watcher.found and anatomy.in_blocks(name) and name not in anatomy.head and _is_used(name, anatomy)
+        if name in watcher.found and name not in anatomy.head and _is_used(name, anatomy)
     ]
 
 
 def _part(name: str, norms: set[str], anatomy: Anatomy) -> str:
+    if not anatomy.in_blocks(name):
+        return "outside"
     if name in norms:
         return "norm"
     return "attention" if anatomy.attention_of(name) is not None else "mlp"

@@ -75,20 +75,23 @@ def _select(
 
 
 def select_parameters(backbone: Backbone, targets: str | Sequence[str]) -> list[str]:
-    """Names of the parameters that `targets` means: a module's name, the end of a name, or a regular expression."""
-    available = [name for name, _ in backbone.model.named_parameters()]
+    """Names of the parameters that `targets` means: a module's name, the end of a name, or a regular expression.
+
+    A shared parameter answers to each of its names, and is given by its first one.
+    """
+    first: dict[int, str] = {}
+    every = {n: first.setdefault(id(p), n) for n, p in backbone.model.named_parameters(remove_duplicate=False)}
     chosen: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         matched = {
             name
-            for name in available
+            for name in every
             if _ends_with(name, target) or any(_ends_with(owner, target) for owner in _ancestors(name))
-        } or _regex_matches(target, available)
+        } or _regex_matches(target, every)
         if not matched:
-            owners = [owner for name in available for owner in _ancestors(name)]
-            raise _nothing_matches(backbone, target, owners)
-        chosen |= matched
-    return [name for name in available if name in chosen]
+            raise _nothing_matches(backbone, target, [owner for name in every for owner in _ancestors(name)])
+        chosen |= {every[name] for name in matched}
+    return [name for name in dict.fromkeys(every.values()) if name in chosen]
 
 
 def by_pattern(name: str, patterns: Iterable[tuple[str, float]], default: float) -> float:

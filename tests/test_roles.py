@@ -171,9 +171,9 @@ def test_mobileberts_scales_and_shifts_are_found():
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("bert", {"attention": 8, "mlp": 4, "norm": 4}),
-        ("gpt2", {"attention": 4, "mlp": 4, "norm": 4}),
-        ("bart", {"attention": 24, "mlp": 8, "norm": 10}),
+        ("bert", {"attention": 8, "mlp": 4, "norm": 4, "outside": 2}),
+        ("gpt2", {"attention": 4, "mlp": 4, "norm": 4, "outside": 1}),
+        ("bart", {"attention": 24, "mlp": 8, "norm": 10, "outside": 2}),
         ("llama", {}),
         ("t5", {}),
     ],

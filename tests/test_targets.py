@@ -120,6 +120,19 @@ def test_parameters_are_found_by_module_and_by_name():
     assert len(select_parameters(backbone, r".*query\.bias")) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "targets", "expected"),
+    [
+        ("llama", "lm_head", ["model.embed_tokens.weight"]),
+        ("llama", ["lm_head", "embed_tokens"], ["model.embed_tokens.weight"]),
+        ("gpt2", "lm_head", ["transformer.wte.weight"]),
+        ("t5", "lm_head", ["shared.weight"]),
+    ],
+)
+def test_a_tied_parameter_answers_to_each_of_its_names(name, targets, expected):
+    assert select_parameters(Backbone(tiny(name, tie_word_embeddings=True)), targets) == expected
+
+
 def test_a_misspelt_parameter_is_answered_with_the_nearest_module():
     with pytest.raises(TargetError, match="did you mean 'pooler'") as caught:
         select_parameters(Backbone(tiny("bert")), "poler")

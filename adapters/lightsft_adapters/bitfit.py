@@ -1,7 +1,7 @@
 """BitFit: y = W x + b with b trained, all else frozen (2106.10199, section 3).
 
-Every parameter of the blocks that is added counts as a bias: those of linear layers, convolutions, normalisation
-layers, experts, attention scores. They are trained in place, as fp32 masters.
+Every parameter that is added counts as a bias: those of linear layers, convolutions, normalisation layers, experts,
+attention scores, in the blocks and outside them. They are trained in place, as fp32 masters.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ KEYWORDS = ("all", *PARTS, "query", "intermediate")
 
 @dataclass(frozen=True)
 class BitFit:
-    """Train the biases of the blocks.
+    """Train the biases.
 
-    targets: "all"; "attention", "mlp" or "norm"; "query" (of the layers that make queries) or "intermediate" (of the
-        layers whose product is the feed-forward's hidden activation), which together are the paper's smaller variant
-        (section 4.2); names of modules or parameters, ends of names, regular expressions; or several of these.
-    layers: only blocks with these indices; negative ones count from the end.
+    targets: "all", in the blocks and outside them; "attention", "mlp" or "norm" of the blocks; "query" (of the layers
+        that make queries) or "intermediate" (of the layers whose product is the feed-forward's hidden activation),
+        which together are the paper's smaller variant (section 4.2); names of modules or parameters, ends of names,
+        regular expressions; or several of these.
+    layers: only blocks with these indices, none outside them; negative ones count from the end.
     """
 
     targets: str | Sequence[str] = "all"
@@ -45,7 +46,7 @@ class BitFit:
         biases = find_biases(backbone)
         if not biases:
             raise TargetError(
-                f"no bias in the blocks of {type(backbone.model).__name__}",
+                f"no bias in {type(backbone.model).__name__}",
                 expected="layers that add a trained vector, and an example input that runs",
                 todo="use norm, ia3 or lora on this model",
             )

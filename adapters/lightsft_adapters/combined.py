@@ -43,6 +43,11 @@ class Combination:
         return max(map(_lateness, self.parts), default=0)
 
     @property
+    def positions_taken(self) -> int:
+        """How many of the backbone's positions the parts take from the input, together."""
+        return sum(getattr(part, "positions_taken", 0) for part in self.parts)
+
+    @property
     def trains_weights(self) -> bool:
         """Whether any part trains weights of the backbone in place."""
         return any(getattr(part, "trains_weights", False) for part in self.parts)

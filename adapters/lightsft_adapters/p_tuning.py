@@ -52,6 +52,11 @@ class PTuning:
         if self.hidden_size is not None:
             at_least("hidden_size", self.hidden_size, 1)
 
+    @property
+    def positions_taken(self) -> int:
+        """How many of the backbone's positions are no longer there for the input."""
+        return self.num_virtual_tokens
+
     def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
         """Put the virtual tokens and their encoder on the input path of `backbone`."""
         with injecting(self, backbone, seed) as injection:

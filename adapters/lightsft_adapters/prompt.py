@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightsft import Backbone, Injection, injecting
+from lightsft.dry_run import text_config
 from lightsft.errors import ConfigurationError
 from lightsft.primitives.input_path import InputPath, find_input_path
 from lightsft.primitives.side import first_output
@@ -49,6 +50,11 @@ class Prompt:
                 f"initialisation={self.initialisation!r} with text={self.text!r}",
                 expected="a text with initialisation='text', and only then",
             )
+
+    @property
+    def positions_taken(self) -> int:
+        """How many of the backbone's positions are no longer there for the input."""
+        return self.num_virtual_tokens
 
     def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
         """Put the virtual tokens on the input path of `backbone`."""
@@ -94,4 +100,4 @@ def _embedded(backbone: Backbone, path: InputPath, ids: Tensor) -> Tensor:
 
 def _vocabulary_size(backbone: Backbone, path: InputPath) -> int:
     size: Any = getattr(backbone.module(path.embedding), "num_embeddings", None)
-    return int(size or backbone.model.config.get_text_config().vocab_size)
+    return int(size or text_config(backbone.model).vocab_size)

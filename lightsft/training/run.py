@@ -128,19 +128,26 @@ def load_backbone(config: TrainConfig, prepared: Prepared, strategy: Strategy | 
         device=str(device),
         seed=seed,
     )
-    _require_positions(config, prepared, backbone)
+    _require_positions(config, prepared, backbone, taken=getattr(strategy, "positions_taken", 0))
     return backbone
 
 
-def _require_positions(config: TrainConfig, prepared: Prepared, backbone: Backbone) -> None:
-    """Raise ConfigurationError if texts may be longer than the model reads."""
+def _require_positions(config: TrainConfig, prepared: Prepared, backbone: Backbone, taken: int) -> None:
+    """Raise ConfigurationError if texts may be longer than the model reads beside what the strategy puts in front."""
     model, tokenizer = backbone.model, backbone.tokenizer
     positions = getattr(text_config(model), "max_position_embeddings", None) or 0
-    limit = min(positions if positions > 0 else math.inf, tokenizer.model_max_length)
+    limit = min(max(0, positions - taken) if positions > 0 else math.inf, tokenizer.model_max_length)
     wanted = config.max_length or min(getattr(prepared.task, "max_length", 0), tokenizer.model_max_length)
-    if wanted > limit:
+    if limit == 0:
         raise ConfigurationError(
-            f"inputs of up to {wanted} tokens, but {type(model).__name__} from {config.model} reads {limit}",
+            f"{taken} virtual tokens, but {type(model).__name__} from {config.model} reads {positions} tokens in all",
+            expected=f"fewer than {positions} of them",
+            todo="set num_virtual_tokens to less",
+        )
+    if wanted > limit:
+        beside = f" beside {taken} virtual tokens" if taken else ""
+        raise ConfigurationError(
+            f"inputs of up to {wanted} tokens, but {type(model).__name__} from {config.model} reads {limit}{beside}",
             expected=f"a max_length of at most {limit}",
             todo=f"--max-length {limit}: longer texts are cut",
         )

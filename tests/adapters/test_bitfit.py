@@ -23,26 +23,29 @@ def biases_of(model, *prefixes):
 # ---- what is trained
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "roberta", "bart"])
+def test_every_bias_is_trained_and_nothing_else_but_the_head(name):
+    """So PEFT counts them with bias="all"."""
+    model = tiny(name)
+    head = Backbone(model).head
+    assert trained(model) == biases_of(model, "") | head
+    assert {key for key, p in model.named_parameters() if p.requires_grad} == biases_of(model, "") | head
+
+
 @pytest.mark.parametrize(
-    ("name", "blocks", "head"),
+    ("name", "outside"),
     [
-        ("bert", ("bert.encoder.layer.",), HEAD),
-        ("gpt2", ("transformer.h.",), set()),
-        ("roberta", ("roberta.encoder.layer.",), biases_of(tiny("roberta"), "classifier")),
-        ("bart", ("model.encoder.layers.", "model.decoder.layers."), biases_of(tiny("bart"), "classification_head")),
+        ("bert", {"bert.embeddings.LayerNorm.bias", "bert.pooler.dense.bias"}),
+        ("gpt2", {"transformer.ln_f.bias"}),
+        ("bart", {"model.encoder.layernorm_embedding.bias", "model.decoder.layernorm_embedding.bias"}),
     ],
 )
-def test_every_bias_of_the_blocks_is_trained(name, blocks, head):
+def test_biases_outside_the_blocks_are_left_to_all_and_to_their_names(name, outside):
     model = tiny(name)
-    assert {key for key in trained(model) if key.endswith("bias")} == biases_of(model, *blocks) | {
-        key for key in head if key.endswith("bias")
-    }
-
-
-def test_nothing_else_is_trained_but_the_head():
-    model = tiny("bert")
-    assert {key for key in trained(model) if not key.endswith("bias")} == {"classifier.weight"}
-    assert {key for key, p in model.named_parameters() if p.requires_grad} == biases_of(model, "bert.encoder") | HEAD
+    assert outside <= trained(model)
+    for options in ({"targets": ["attention", "mlp", "norm"]}, {"layers": [0, 1]}):
+        assert trained(tiny(name)) - trained(tiny(name), **options) == outside, options
+    assert outside <= trained(tiny(name), targets=sorted(outside))
 
 
 @pytest.mark.parametrize(

@@ -181,3 +181,11 @@ def test_tied_weights_stay_tied_through_training_merging_and_ejecting(name, dtyp
     merged = injection.merge()
     assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert merged.get_output_embeddings().weight.dtype == dtype
+
+
+def test_a_tied_head_by_its_name_is_the_head_by_its_role():
+    by_name, by_role = (
+        Full(targets=targets).inject(Backbone(tiny("llama", tie_word_embeddings=True))).named_parameters()
+        for targets in (["lm_head"], "head")
+    )
+    assert list(by_name) == list(by_role) == ["model.embed_tokens.weight"]

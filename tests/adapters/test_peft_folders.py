@@ -67,7 +67,13 @@ def test_parts_of_modules_trained_beside_it_open_in_peft(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "part"),
-    [("bert", "pooler.dense.bias"), ("gpt2", "wte"), ("t5", "shared"), ("llama", "embed_tokens")],
+    [
+        ("bert", "pooler.dense.bias"),
+        ("gpt2", "wte"),
+        ("t5", "shared"),
+        ("llama", "embed_tokens"),
+        ("llama", "lm_head"),
+    ],
 )
 def test_what_peft_would_compute_otherwise_opens_in_lightsft_only(name, part, tmp_path):
     """PEFT would drop a lone bias silently, and would train a tied weight in one of its two places."""

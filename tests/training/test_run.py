@@ -12,7 +12,10 @@ from lightsft.config import SingleConfig, StrategySpec, build
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.training import single as singles
 from lightsft.training.run import build_trainer, load_backbone, prepare
-from lightsft_adapters import Full, LoRA
+from lightsft_adapters import Full, LoRA, Prefix
+from lightsft_adapters.combined import Combined
+from lightsft_adapters.p_tuning import PTuning
+from lightsft_adapters.prompt import Prompt
 from tests.checkpoints import labelled_rows, write_csv
 from tests.run_fixtures import single
 
@@ -80,6 +83,35 @@ def test_a_tokenizer_without_a_limit_still_protects_the_model(config, bert, tmp_
     with pytest.raises(ConfigurationError, match=r"up to 128 tokens, but .* reads 64"):
         load_backbone(config(model=str(free)), prepare(config()), None, 0)
     assert load_backbone(config(model=str(free), max_length=64), prepare(config()), None, 0)
+
+
+@pytest.mark.parametrize(
+    "strategy", [Prompt(20), PTuning(20), Combined([LoRA(2), Prompt(20)])], ids=lambda value: type(value).__name__
+)
+def test_virtual_tokens_count_among_the_positions(strategy, config):
+    with pytest.raises(
+        ConfigurationError, match=r"up to 60 tokens, but .* reads 44 beside 20 virtual tokens"
+    ) as caught:
+        load_backbone(config(max_length=60), prepare(config(max_length=60)), strategy, 0)
+    assert "--max-length 44" in caught.value.todo
+    backbone = load_backbone(config(max_length=44), prepare(config(max_length=44)), strategy, 0)
+    injection = strategy.inject(backbone)
+    with torch.no_grad():
+        assert injection.model(input_ids=torch.full((1, 44), 7)).logits.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            injection.model(input_ids=torch.full((1, 45), 7))
+
+
+def test_a_prefix_takes_no_position(config):
+    backbone = load_backbone(config(max_length=64), prepare(config(max_length=64)), Prefix(20), 0)
+    injection = Prefix(20).inject(backbone)
+    with torch.no_grad():
+        assert injection.model(input_ids=torch.full((1, 64), 7)).logits.isfinite().all()
+
+
+def test_more_virtual_tokens_than_positions_are_refused(config):
+    with pytest.raises(ConfigurationError, match=r"64 virtual tokens, but .* reads 64 tokens in all"):
+        load_backbone(config(max_length=8), prepare(config(max_length=8)), Prompt(64), 0)
 
 
 # ---- precision
