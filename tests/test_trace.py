@@ -333,7 +333,16 @@ class WithSink(nn.Module):
         return scores.softmax(-1)[..., :-1] @ v
 
 
-CORES = [WrittenOut, Fused, ByEinsum, WithSink]
+class ByTorch(nn.Module):
+    """All of it in one function of torch's, its projections included."""
+
+    def forward(self, q, k, v):
+        eye, (q, k, v) = torch.eye(SIZE), (tensor.transpose(0, 1) for tensor in (q, k, v))
+        given = (q, k, v, SIZE, 2, eye.repeat(3, 1), None, None, None, False, 0.0, eye, None)
+        return functional.multi_head_attention_forward(*given)[0].transpose(0, 1)
+
+
+CORES = [WrittenOut, Fused, ByEinsum, WithSink, ByTorch]
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -348,6 +357,20 @@ def test_an_attention_whose_keys_are_of_another_length_reads_another_sequence(co
     inputs = given() | {"source": torch.randn(BATCH, LENGTH + 2, SIZE)}
     (site,) = traced(Wrapped(Attention(core())), **inputs).attentions
     assert site.cross
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
+def test_torchs_own_attention_module_is_one_and_reads_all_its_weights():
+    found = traced(Wrapped(SelfAttention(SIZE, 2, batch_first=True)))
+    assert [site.name for site in found.attentions] == ["block"]
+    assert {name: found.multiplied[name] for name in ("block.in_proj_weight", "block.out_proj.weight")} == {
+        "block.in_proj_weight": {"block"},
+        "block.out_proj.weight": {"block"},
+    }
 
 
 class Gated(nn.Module):

@@ -153,16 +153,20 @@ def _attention_calls(backbone: Backbone, tokens: int, seed: int) -> dict[str, At
     """The attentions of a forward pass by name, in order, those in heads and towers included.
 
     Those that are not in the registry count only if another length of the input leaves their shapes as they are: what
-    looks like heads could be tokens.
+    looks like heads could be tokens. Of several in one module, the prefix is for the one with the widest values.
     """
     calls = _recorded(backbone, tokens, seed)
-    if all(call.registered for call in calls.values()):
-        return calls
-    again = _recorded(backbone, tokens + 2, seed)
-    return {name: call for name, call in calls.items() if call.registered or _same_heads(call, again.get(name))}
+    if not all(call.registered for call in calls):
+        again = {_sizes(call) for call in _recorded(backbone, tokens + 2, seed)}
+        calls = [call for call in calls if call.registered or _sizes(call) in again]
+    found: dict[str, AttentionCall] = {}
+    for call in calls:
+        if call.name not in found or _width(call) > _width(found[call.name]):
+            found[call.name] = call
+    return found
 
 
-def _recorded(backbone: Backbone, tokens: int, seed: int) -> dict[str, AttentionCall]:
+def _recorded(backbone: Backbone, tokens: int, seed: int) -> list[AttentionCall]:
     model, seen = backbone.model, backbone.anatomy.trace
     sites = [site.name for site in seen.attentions] if seen is not None else []
     *first, last = backbone.examples_of(tokens, seed)
@@ -172,20 +176,19 @@ def _recorded(backbone: Backbone, tokens: int, seed: int) -> dict[str, Attention
     return _recorded_on(model, sites, last)
 
 
-def _recorded_on(model: nn.Module, sites: Sequence[str], example: Mapping[str, Any]) -> dict[str, AttentionCall]:
-    found: dict[str, AttentionCall] = {}
+def _recorded_on(model: nn.Module, sites: Sequence[str], example: Mapping[str, Any]) -> list[AttentionCall]:
     with torch.no_grad(), evaluating(model), recorded_attention(model, sites) as calls:
         model(**example)
-    for call in calls:
-        found.setdefault(call.name, call)
-    return found
+    return calls
 
 
-def _same_heads(one: AttentionCall, other: AttentionCall | None) -> bool:
-    return other is not None and (one.keys.shape[::2], one.values.shape[::2]) == (
-        other.keys.shape[::2],
-        other.values.shape[::2],
-    )
+def _sizes(call: AttentionCall) -> tuple[str, torch.Size, torch.Size]:
+    """Where it is, and its numbers of heads and of features."""
+    return call.name, call.keys.shape[::2], call.values.shape[::2]
+
+
+def _width(call: AttentionCall) -> int:
+    return call.values.shape[0] * call.values.shape[-1]
 
 
 def _place(backbone: Backbone, name: str, in_order: list[str]) -> str | None:

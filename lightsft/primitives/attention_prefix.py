@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,9 @@ class MixedPrefix(PlacedPrefix):
 def _open(attention: nn.Module, args: Any) -> None:
     prefix = attention._modules[PREFIX]
     assert isinstance(prefix, AttentionPrefix)
-    mode = PrefixMixing(prefix.keys_and_values if prefix.enabled else None, key_bias=prefix.key_bias)
+    mode: AbstractContextManager[Any] = nullcontext()  # under one that does nothing torch would avoid fast paths
+    if prefix.enabled:
+        mode = PrefixMixing(prefix.keys_and_values, key_bias=prefix.key_bias)
     prefix.__dict__.setdefault("modes", []).append(mode)
     mode.__enter__()
 

@@ -10,6 +10,9 @@ two activations (Q K^T), a softmax over something made of it, and the product of
 by A. A logsumexp of S (attention sinks are written with it) counts S_p in. A fused attention function gets longer keys
 and values instead. Dropout on attention weights leaves those of the prefix alone.
 
+torch's own multi-head attention shows its steps. A softmax in an autograd function of the model's own runs without a
+graph, in which w would have no gradient: what follows from scores gets a graph there too.
+
 The prefix gets no bias. But one that is the same for all queries (ALiBi, 2108.12409) tells distances by its differences
 alone, and unless it is counted from the first key, it is another one with padding or with a cache. Then the prefix is
 taken to be as near as the query itself.
@@ -30,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightsft.dry_run import tensors_in
-from lightsft.trace import ADDITIONS, VIEWS
+from lightsft.trace import ADDITIONS, COMPOSITES, VIEWS, in_steps
 
 KeysAndValues = tuple[Tensor, Tensor]
 Record = Callable[[Tensor, Tensor, int, bool], None]  # keys, values, each (heads, length, size); queries; key bias?
@@ -193,16 +196,21 @@ class PrefixMixing(TorchFunctionMode):
         """Call `func`; at the steps of an attention, do more."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if "scaled_dot_product_attention" in name and self is _running.innermost():
+        if name in COMPOSITES:
+            return in_steps(self, func, args, kwargs)
+        if self is not _running.innermost():
+            return func(*args, **kwargs)
+        if "scaled_dot_product_attention" in name:
             return self._fused(func, *args, **kwargs)
-        result = func(*args, **kwargs)
-        if self is not _running.innermost() or not isinstance(result, Tensor | tuple | list):
-            return result
-        if name in _PRODUCTS and isinstance(result, Tensor):
-            return self._multiplied(_product(name, args, kwargs), result)
+        if name in _PRODUCTS:
+            result = func(*args, **kwargs)
+            return self._multiplied(_product(name, args, kwargs), result) if isinstance(result, Tensor) else result
         step = _Step(func, args, kwargs)
         source = self._source(step)
-        return result if source is None else self._followed(step, source, result)
+        if source is None:
+            return func(*args, **kwargs)
+        with torch.set_grad_enabled(self.differentiated or torch.is_grad_enabled()):
+            return self._followed(step, source, func(*args, **kwargs))
 
     def _source(self, step: _Step) -> Tensor | None:
         """The first argument with a mark; a row's maximum comes after what it is subtracted from."""
@@ -255,6 +263,7 @@ class PrefixMixing(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         """Be the innermost one: an attention around this one leaves its steps alone."""
+        self.differentiated = torch.is_grad_enabled()
         _running.modes.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lightsft.primitives import AttentionPrefix, MixedPrefix
 from lightsft.primitives.prefix_mixing import PrefixMixing, _running
 
 ROWS, HEADS, QUERIES, KEYS, SIZE, WIDTH, TOKENS = 3, 2, 5, 7, 4, 6, 8
@@ -23,10 +24,10 @@ def draw(*shape, seed=0):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def activations(rows=ROWS):
+def activations(rows=ROWS, width=WIDTH):
     """Queries, keys, values, and the prefix's keys and values, as leaves."""
-    shapes = [(rows, HEADS, QUERIES, SIZE), (rows, HEADS, KEYS, SIZE), (rows, HEADS, KEYS, WIDTH)]
-    shapes += [(HEADS, TOKENS, SIZE), (HEADS, TOKENS, WIDTH)]
+    shapes = [(rows, HEADS, QUERIES, SIZE), (rows, HEADS, KEYS, SIZE), (rows, HEADS, KEYS, width)]
+    shapes += [(HEADS, TOKENS, SIZE), (HEADS, TOKENS, width)]
     return [draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
 
 
@@ -59,11 +60,11 @@ def recorded(attend, *given):
     return calls
 
 
-def assert_alike(attend, expect, **options):
+def assert_alike(attend, expect, width=WIDTH, **options):
     """`attend(q, k, v)` under a prefix is `expect(q, k, v, more keys, more values)`, and so are all gradients."""
     results = []
     for compute in (lambda *given: mixed(attend, *given, **options), expect):
-        given = activations()
+        given = activations(width=width)
         result = compute(*given)
         result.backward(draw(*result.shape, seed=9))
         results.append([result.detach(), *(tensor.grad for tensor in given)])
@@ -342,6 +343,50 @@ def test_a_cap_on_scores_also_holds_for_the_prefix(cap):
     assert_alike(lambda q, k, v: (cap(q @ k.mT) + BIAS).softmax(-1) @ v, expected)
 
 
+class MaskedSoftmax(torch.autograd.Function):
+    """As in DeBERTa: a softmax over what is seen, with a backward pass of its own."""
+
+    @staticmethod
+    def forward(context, scores, seen):
+        weights = torch.softmax(scores.masked_fill(~seen, LOWEST), -1)
+        weights.masked_fill_(~seen, 0)
+        context.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(context, gradient):
+        (weights,) = context.saved_tensors
+        return torch._softmax_backward_data(gradient, weights, -1, weights.dtype), None
+
+
+def softmax_of_its_own(q, k, v):
+    return MaskedSoftmax.apply(q @ k.mT * SCALE + BIAS, SEEN) @ v
+
+
+def test_a_softmax_with_a_backward_pass_of_its_own_has_all_gradients():
+    assert_alike(softmax_of_its_own, lambda *given: attention(*given, bias=BIAS, seen=SEEN))
+
+
+def test_no_graph_is_made_where_none_is_wanted():
+    with torch.no_grad():
+        assert not mixed(softmax_of_its_own, *activations()).requires_grad
+
+
+def test_of_two_attentions_that_share_their_scores_the_prefix_is_for_the_one_it_fits():
+    """As in LiLT: each of two streams adds the other's scores to its own."""
+
+    def both(q, k, v):
+        text, layout = q @ k.mT * SCALE, q[..., :2] @ k[..., :2].mT * SCALE
+        return (text + layout).softmax(-1) @ v, (layout + text).softmax(-1) @ v[..., :3]
+
+    def expected(q, k, v, *prefix):
+        return attention(q, k, v, *prefix, bias=q[..., :2] @ k[..., :2].mT * SCALE)
+
+    assert_alike(lambda *given: both(*given)[0], expected)
+    given = activations()
+    assert torch.equal(mixed(both, *given)[1], both(*given[:3])[1])
+
+
 # ---- a bias for keys alone
 
 DISTANCES = torch.arange(1.0 - KEYS, 1, dtype=torch.float64) * torch.tensor([[[0.5]], [[0.25]]], dtype=torch.float64)
@@ -562,6 +607,83 @@ def test_a_fused_attention_without_a_prefix_is_left_alone():
             fused(q, k, v, attn_mask=SEEN),
             functional.scaled_dot_product_attention(q, k, v, attn_mask=SEEN, scale=SCALE),
         )
+
+
+# ---- torch's multi-head attention
+
+EMBEDDED = HEADS * SIZE
+PADDED = torch.arange(KEYS) >= torch.tensor([7, 5, 6])[:, None]
+APART = {
+    "in_proj_weight": None,
+    "use_separate_proj_weight": True,
+    **dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight"), torch.eye(EMBEDDED, dtype=torch.float64)),
+}
+TOGETHER = {"in_proj_weight": torch.eye(EMBEDDED, dtype=torch.float64).repeat(3, 1)}
+MASKS = {
+    "no mask": ({}, {}),
+    "bias": ({"attn_mask": BIAS.repeat(ROWS, 1, 1)}, {"bias": BIAS}),
+    "padding": ({"key_padding_mask": PADDED}, {"seen": ~PADDED[:, None, None]}),
+}
+
+
+def multi_head(q, k, v, **options):
+    """With projections that change nothing: (rows, heads, length, size) is (length, rows, embedded) on the outside."""
+    q, k, v = (tensor.permute(2, 0, 1, 3).flatten(2) for tensor in (q, k, v))
+    nothing = {"in_proj_bias": None, "bias_k": None, "bias_v": None, "add_zero_attn": False, "out_proj_bias": None}
+    out, _ = functional.multi_head_attention_forward(
+        q, k, v, EMBEDDED, HEADS, dropout_p=0.0, out_proj_weight=torch.eye(EMBEDDED).double(), **nothing, **options
+    )
+    return out.unflatten(-1, (HEADS, SIZE)).permute(1, 2, 0, 3)
+
+
+@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("weights", [APART, TOGETHER], ids=["apart", "together"])
+def test_the_steps_of_torchs_multi_head_attention_are_seen(weights, need_weights, case):
+    options, reference = MASKS[case]
+
+    def attend(q, k, v):
+        return multi_head(q, k, v, need_weights=need_weights, **weights, **options)
+
+    assert_alike(attend, lambda *given: attention(*given, scale=SIZE**-0.5, **reference), width=SIZE)
+
+
+def test_torchs_multi_head_attention_without_a_prefix_has_every_bit_as_before():
+    q, k, v, *_ = activations(width=SIZE)
+    for need_weights in (True, False):
+        with PrefixMixing():
+            under = multi_head(q, k, v, need_weights=need_weights, **APART)
+        assert torch.equal(under, multi_head(q, k, v, need_weights=need_weights, **APART))
+
+
+def test_a_disabled_prefix_leaves_torchs_fast_path_open():
+    """torch computes this module in one function of its own, with other last bits, unless a mode is running."""
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval().requires_grad_(False)
+    x = draw(2, 5, 8).float()
+    before = attention(x, x, x, need_weights=False)[0]
+    placed = MixedPrefix(nn.Sequential(attention), "0", Fixed(draw(2, 3, 4).float(), draw(2, 3, 4, seed=1).float()))
+    with torch.profiler.profile() as profile:
+        tuned = attention(x, x, x, need_weights=False)[0]
+        placed.enable(False)
+        disabled = attention(x, x, x, need_weights=False)[0]
+    assert [event.name for event in profile.events()].count("aten::_native_multi_head_attention") == 1
+    assert torch.equal(disabled, before)
+    placed.enable(True)
+    assert torch.equal(attention(x, x, x, need_weights=False)[0], tuned)
+    placed.remove()
+    assert torch.equal(attention(x, x, x, need_weights=False)[0], before)
+    assert not torch.allclose(tuned, before)
+
+
+class Fixed(AttentionPrefix):
+    """These keys and values."""
+
+    def __init__(self, keys, values):
+        super().__init__()
+        self.keys, self.values = nn.Parameter(keys), nn.Parameter(values)
+
+    def keys_and_values(self):
+        return self.keys, self.values
 
 
 # ---- what is no attention, or another one
