@@ -1,6 +1,7 @@
 """Adapter folders: what an injection trained, on disk.
 
-    adapter_model.safetensors   the tensors, under PEFT's key convention for every strategy
+    adapter_model.safetensors   the tensors, under PEFT's key convention for every strategy: base_model.model.NAME for
+                                those of a module, their plain name for those of none
     lightsft.json               strategy and options, seed, task, and a sketch of the backbone it belongs to
     adapter_config.json         for strategies that PEFT knows too: its configuration, so PeftModel opens the folder
 
@@ -36,10 +37,19 @@ _KINDS = {"format": int, "strategy": str, "options": dict, "seed": int, "base": 
 
 @runtime_checkable
 class WritesCompanions(Protocol):
-    """A strategy that writes more files into its folder (PEFT's configuration, a whole checkpoint)."""
+    """A strategy that writes more files into its folder (a whole checkpoint)."""
 
     def write_companions(self, injection: Injection, directory: Path) -> None:
         """Write them."""
+        ...
+
+
+@runtime_checkable
+class WritesPeftConfig(Protocol):
+    """A strategy that PEFT knows too."""
+
+    def write_peft_config(self, injection: Injection, directory: Path) -> None:
+        """Write PEFT's configuration, so that PeftModel.from_pretrained opens the folder, or say why it cannot."""
         ...
 
 
@@ -55,13 +65,19 @@ class ReadsPeft(Protocol):
 
 def save(injection: Injection, directory: Path, *, task: Mapping[str, Any] | None = None) -> Path:
     """Write the adapter folder; `task` is what `Task.describe()` says, kept for prediction."""
-    tensors = {KEY_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in injection.tensors().items()}
+    tensors = {_key(name): tensor.detach().cpu().contiguous() for name, tensor in injection.tensors().items()}
     write_file(directory / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_json(directory / SETTINGS, _settings(injection, task))
     (directory / PEFT_SETTINGS).unlink(missing_ok=True)  # of what was saved here before
     if isinstance(injection.strategy, WritesCompanions):
         injection.strategy.write_companions(injection, directory)
+    if isinstance(injection.strategy, WritesPeftConfig):
+        injection.strategy.write_peft_config(injection, directory)
     return directory
+
+
+def _key(name: str) -> str:
+    return KEY_PREFIX + name if "." in name else name
 
 
 def load(directory: str | Path, backbone: Backbone | PreTrainedModel | None = None) -> Injection:
@@ -287,7 +303,7 @@ def _strategy_from_peft(directory: Path, tensors: Mapping[str, Tensor]) -> Strat
             return strategy
     raise ArtifactError(
         f"{directory} is a PEFT folder of type {config.get('peft_type')!r}",
-        expected="a type that an installed strategy reads (LORA)",
+        expected="a method that an installed strategy computes (`lightsft strategies` lists them)",
         todo="open it with PEFT",
     )
 

@@ -7,6 +7,7 @@ tensor's is multiplied by its part's default over the first one's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from lightsft import Backbone, Injection, Strategy, injecting, registry
-from lightsft.artifact import PEFT_SETTINGS, WritesCompanions
+from lightsft.artifact import WritesCompanions, WritesPeftConfig
 from lightsft.config import StrategySpec
 from lightsft.errors import ConfigurationError, InjectionError, LightsftError
 from lightsft_adapters.peft_tuner import PlacedTuner
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_LEARNING_RATE = 5e-5  # of a strategy that names none, as in the trainer
 
@@ -71,11 +74,23 @@ class Combination:
         return [callback for callbacks in found for callback in callbacks]
 
     def write_companions(self, injection: Injection, directory: Path) -> None:
-        """What the parts write beside the tensors, but PEFT's configuration: PEFT would take a part for the whole."""
+        """What the parts write beside the tensors."""
         for part in self.parts:
             if isinstance(part, WritesCompanions):
                 part.write_companions(injection, directory)
-        (directory / PEFT_SETTINGS).unlink(missing_ok=True)
+
+    def write_peft_config(self, injection: Injection, directory: Path) -> None:
+        """None: PEFT would take a part for the whole. Say so where a part alone would have had one."""
+        if self._has_part_of_peft:
+            names = " and ".join(type(part).__name__ for part in self.parts)
+            logger.warning("PEFT cannot open %s (lightsft can): it holds %s, together", directory, names)
+
+    @property
+    def _has_part_of_peft(self) -> bool:
+        return any(
+            part._has_part_of_peft if isinstance(part, Combination) else isinstance(part, WritesPeftConfig)
+            for part in self.parts
+        )
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from lightsft.primitives.base import drop_hook
 from lightsft.roles import find_biases
 from lightsft.targets import resolve_layers
 from lightsft_adapters.checks import one_of
-from lightsft_adapters.peft_lora import _TASK_TYPES, _any_tied, _whole_modules
+from lightsft_adapters.peft_folder import TASK_TYPES, any_tied, whole_modules
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class IA3:
             todo="leave targets at its default, or use lora on this model",
         )
 
-    def write_companions(self, injection: Injection, directory: Path) -> None:
+    def write_peft_config(self, injection: Injection, directory: Path) -> None:
         """PEFT's configuration, so that PeftModel.from_pretrained opens the folder."""
         write_peft_config(injection, directory)
 
@@ -351,21 +351,21 @@ def scale_input(
 
 def write_peft_config(injection: Injection, directory: Path) -> None:
     """Write adapter_config.json, where PEFT's IA3 computes the same: every vector on a linear layer."""
-    whole, parts = _whole_modules(injection)
+    whole, parts = whole_modules(injection)
     placed = [primitive for primitive in injection.primitives if isinstance(primitive, PlacedPart)]
     layers = [injection.backbone.model.get_submodule(primitive.name) for primitive in placed if _is_scale(primitive)]
     transposed = {isinstance(layer, Conv1D) for layer in layers if isinstance(layer, nn.Linear | Conv1D)}
     if len(layers) < len(placed) or any(isinstance(layer, CONVOLUTIONS) for layer in layers) or len(transposed) > 1:
         logger.warning("PEFT cannot open %s (lightsft can): not every scaled weight is a linear layer's", directory)
         return
-    if parts or _any_tied(injection, whole):
+    if parts or any_tied(injection, whole):
         logger.warning("PEFT cannot open %s (lightsft can): a weight is trained in part, or tied", directory)
         return
     write_json(
         directory / PEFT_SETTINGS,
         {
             "peft_type": "IA3",
-            "task_type": _TASK_TYPES.get(injection.backbone.task or ""),
+            "task_type": TASK_TYPES.get(injection.backbone.task or ""),
             "base_model_name_or_path": injection.backbone.source,
             "inference_mode": True,
             "target_modules": sorted(primitive.name for primitive in placed),

@@ -97,7 +97,7 @@ class LoRA:
             injection.report_coverage()
         return injection
 
-    def write_companions(self, injection: Injection, directory: Path) -> None:
+    def write_peft_config(self, injection: Injection, directory: Path) -> None:
         """PEFT's configuration, so that PeftModel.from_pretrained opens the folder."""
         write_peft_config(self, injection, directory)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from lightsft.primitives.input_path import InputPath, find_input_path
 from lightsft.primitives.virtual_tokens import VirtualTokens, place_virtual_tokens
 from lightsft.seeding import generator
 from lightsft_adapters.checks import at_least, one_of, probability
+from lightsft_adapters.peft_prompt import write_prompt_config
 
 ENCODERS = ("mlp", "lstm")
 
@@ -63,6 +65,17 @@ class PTuning:
             path = find_input_path(backbone)
             place_virtual_tokens(injection, PromptEncoder(self, path, generator(seed, path.embedding)))
         return injection
+
+    def write_peft_config(self, injection: Injection, directory: Path) -> None:
+        """PEFT's configuration, so that PeftModel.from_pretrained opens the folder."""
+        settings = {
+            "peft_type": "P_TUNING",
+            "encoder_reparameterization_type": self.encoder.upper(),
+            "encoder_hidden_size": self.hidden_size,
+            "encoder_num_layers": self.num_layers,
+            "encoder_dropout": self.dropout,
+        }
+        write_prompt_config(injection, directory, settings)
 
 
 class PromptEncoder(VirtualTokens):

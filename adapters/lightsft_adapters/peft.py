@@ -29,7 +29,7 @@ from lightsft.artifact import PEFT_SETTINGS, TENSORS
 from lightsft.errors import ArtifactError, ConfigurationError, TargetError
 from lightsft.files import write_file, write_json
 from lightsft.seeding import generator
-from lightsft_adapters.peft_lora import _TASK_TYPES, _any_tied, _whole_modules
+from lightsft_adapters.peft_folder import TASK_TYPES, any_tied, whole_modules
 from lightsft_adapters.peft_options import fill, find_targets, unused, written_targets
 from lightsft_adapters.peft_tuner import UNKNOWN_STEPS, AllocatesRanks, PlacedTuner, peft_key
 
@@ -95,20 +95,20 @@ class Peft:
         placed = placed_tuner(injection)
         return [AllocatesRanks(placed)] if hasattr(type(placed.tuner), "update_and_allocate") else []
 
-    def write_companions(self, injection: Injection, directory: Path) -> None:
+    def write_peft_config(self, injection: Injection, directory: Path) -> None:
         """PEFT's configuration, so that PeftModel.from_pretrained opens the folder."""
         _write_shared_keys(injection, directory)
         placed = placed_tuner(injection)
-        whole, parts = _whole_modules(injection)
+        whole, parts = whole_modules(injection)
         unsaid = whole and not hasattr(placed.config, "modules_to_save")
-        if parts or unsaid or _any_tied(injection, whole):
+        if parts or unsaid or any_tied(injection, whole):
             reason = f"PEFT's {self.member_name} cannot save {(parts or whole)[0]} beside it"
             logger.warning("PEFT cannot open %s (lightsft can): %s", directory, reason)
             return
         settings = {key: sorted(v) if isinstance(v, set) else v for key, v in placed.config.to_dict().items()}
         settings.pop("runtime_config", None)
         settings |= {
-            "task_type": _TASK_TYPES.get(injection.backbone.task or ""),
+            "task_type": TASK_TYPES.get(injection.backbone.task or ""),
             "base_model_name_or_path": injection.backbone.source,
             "inference_mode": True,
         }

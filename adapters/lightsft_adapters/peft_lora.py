@@ -8,21 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightsft import Injection
-from lightsft.anatomy import is_within
 from lightsft.artifact import PEFT_SETTINGS
 from lightsft.errors import ArtifactError
 from lightsft.files import write_json
-from lightsft.primitives import PlacedDelta, PlacedSide, Unfreezing
+from lightsft.primitives import PlacedDelta, PlacedSide
+from lightsft_adapters.peft_folder import TASK_TYPES, any_tied, whole_modules
 
 if TYPE_CHECKING:
     from lightsft_adapters.lora import LoRA
 
 logger = logging.getLogger(__name__)
 
-_TASK_TYPES = {"classification": "SEQ_CLS", "chat": "CAUSAL_LM"}
 _INITIALISATIONS = {"pissa": "pissa", "olora": "olora", "gaussian": "gaussian"}
 # Options under which PEFT computes something else than s B A x or changes the backbone's weights.
 _UNREADABLE = (
@@ -37,12 +36,12 @@ def write_peft_config(lora: LoRA, injection: Injection, directory: Path) -> None
     PEFT trains modules in place whole, and apart from those they are tied to. Where that would compute something
     else than this injection, no configuration is written, so that PEFT refuses the folder.
     """
-    whole, parts = _whole_modules(injection)
+    whole, parts = whole_modules(injection)
     deltas = [primitive.name for primitive in injection.primitives if isinstance(primitive, PlacedDelta)]
     if deltas:
         logger.warning("PEFT cannot open %s (lightsft can): %s is read without a layer", directory, deltas[0])
         return
-    if parts or _any_tied(injection, whole):
+    if parts or any_tied(injection, whole):
         reason = f"{parts[0]} is trained without the rest of its module" if parts else "a trained weight is tied"
         logger.warning("PEFT cannot open %s (lightsft can): %s", directory, reason)
         return
@@ -56,7 +55,7 @@ def write_peft_config(lora: LoRA, injection: Injection, directory: Path) -> None
         directory / PEFT_SETTINGS,
         {
             "peft_type": "LORA",
-            "task_type": _TASK_TYPES.get(injection.backbone.task or ""),
+            "task_type": TASK_TYPES.get(injection.backbone.task or ""),
             "base_model_name_or_path": injection.backbone.source,
             "inference_mode": True,
             "r": rank,
@@ -150,25 +149,3 @@ def _shortest_names(injection: Injection, names: list[str]) -> list[str]:
         if "lightsft" not in name and name.rpartition(".")[2] in endings
     }
     return endings if matched == set(names) else sorted(names)
-
-
-def _whole_modules(injection: Injection) -> tuple[list[str], list[str]]:
-    """The largest modules all of whose parameters are trained in place; and trained parameters outside them."""
-    trained = {name for p in injection.primitives if isinstance(p, Unfreezing) for name in p.names}
-    owned = {
-        path: {f"{path}.{name}" for name, _ in module.named_parameters()}
-        for path, module in injection.model.named_modules()
-        if path and not isinstance(module, nn.ModuleList)
-    }
-    whole = [path for path, names in owned.items() if names and names <= trained]
-    largest = sorted(path for path in whole if not any(path.startswith(other + ".") for other in whole))
-    return largest, sorted(trained - {name for path in largest for name in owned[path]})
-
-
-def _any_tied(injection: Injection, paths: list[str]) -> bool:
-    """Whether a module outside `paths` reads a weight of theirs."""
-    tensors = {id(p) for path in paths for p in injection.backbone.module(path).parameters()}
-    return any(
-        id(parameter) in tensors and not any(is_within(name, path) for path in paths)
-        for name, parameter in injection.model.named_parameters(remove_duplicate=False)
-    )

@@ -6,7 +6,9 @@ positions, caches and outputs: `lightsft.primitives.virtual_tokens`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +22,7 @@ from lightsft.primitives.side import first_output
 from lightsft.primitives.virtual_tokens import VirtualTokens, place_virtual_tokens
 from lightsft.seeding import generator
 from lightsft_adapters.checks import at_least, one_of
+from lightsft_adapters.peft_prompt import read_prompt_config, write_prompt_config
 from lightsft_adapters.pieces import SCALE_SAMPLE, pieces_of
 
 INITIALISATIONS = ("vocabulary", "text", "random")
@@ -63,6 +66,16 @@ class Prompt:
             start = self._start(backbone, path, generator(seed, path.embedding))
             place_virtual_tokens(injection, PromptEmbeddings(start, path))
         return injection
+
+    def write_peft_config(self, injection: Injection, directory: Path) -> None:
+        """PEFT's configuration, so that PeftModel.from_pretrained opens the folder."""
+        write_prompt_config(injection, directory, {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"})
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Prompt | None:
+        """The virtual tokens in a PEFT folder, those of PEFT's p-tuning too: it keeps nothing else of that."""
+        count = read_prompt_config(config)
+        return None if count is None else cls(num_virtual_tokens=count)
 
     def _start(self, backbone: Backbone, path: InputPath, random: torch.Generator) -> Tensor:
         """(num_virtual_tokens, size), fp32."""

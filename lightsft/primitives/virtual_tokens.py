@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightsft.injection import Injection
 
 TOKENS = "lightsft_virtual_tokens"
+SAVED = "prompt_embeddings"  # P in a file, as PEFT calls it, whatever module the ids are looked up in
 CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # as transformers calls them
 
 
@@ -51,6 +52,22 @@ class VirtualTokens(Part):
     def embeddings(self) -> Tensor:
         """P (count, size), fp32."""
         raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What makes P, and P itself."""
+        with torch.no_grad(), evaluating(self):
+            return {**super().tensors(), SAVED: self.embeddings().detach()}
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Those, and of P for an encoder-decoder PEFT's: its second half, for the decoder, is never read."""
+        shapes = super().shapes()
+        if self.path.readers:
+            shapes[SAVED] = (*shapes[SAVED], (2 * self.count, self.path.size))
+        return shapes
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take what makes P; P itself where that is all."""
+        super().load({**tensors, SAVED: tensors[SAVED][: self.count]})
 
     def beside(self, embedded: Tensor) -> Tensor:
         """P for every row, in the type and layout of `embedded`: (batch, length, size) or (length, batch, size)."""
@@ -95,11 +112,27 @@ class PlacedVirtualTokens(PlacedPart):
             reader.__dict__[TOKENS] = tokens  # not as a child: one module holds the parameters
 
     @property
-    def part(self) -> Part:  # type: ignore[override]
+    def tokens(self) -> VirtualTokens:
         """The module that holds the parameters, a child of the trunk."""
-        part = self.model.get_submodule(self.path.trunk)._modules[TOKENS]
-        assert isinstance(part, Part)
-        return part
+        tokens = self.model.get_submodule(self.path.trunk)._modules[TOKENS]
+        assert isinstance(tokens, VirtualTokens)
+        return tokens
+
+    @property
+    def part(self) -> Part:  # type: ignore[override]
+        """The same."""
+        return self.tokens
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the part saves; P belongs to no module."""
+        return {self._named(name): tensor for name, tensor in self.part.tensors().items()}
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """What the part accepts."""
+        return {self._named(name): shapes for name, shapes in self.part.shapes().items()}
+
+    def _named(self, name: str) -> str:
+        return name if name == SAVED else f"{self.name}.{name}"
 
     def covers(self) -> set[str]:
         """No parameter: they add to the input."""

@@ -308,6 +308,32 @@ def test_a_combination_trains_weights_if_a_part_does(parts, trains):
     assert Combined(parts).trains_weights is trains
 
 
+# ---- PEFT's folders
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        (Combined([LoRA(4), NormTuning()]), 1),
+        (Combined([Combined([LoRA(4), Prompt(3)]), NewTokens(count=1)]), 1),
+        (MAM(4, 4), 0),
+    ],
+    ids=["flat", "nested", "mam"],
+)
+def test_peft_is_mentioned_once_and_gets_no_configuration(strategy, said, tmp_path, caplog):
+    injection = strategy.inject(Backbone(untied("llama"), task="chat"))
+    injection.save(tmp_path)
+    messages = [record.getMessage() for record in caplog.records if "PEFT" in record.getMessage()]
+    assert len(messages) == said
+    assert all("cannot open" in message and "together" in message for message in messages)
+    assert not (tmp_path / PEFT_SETTINGS).exists()
+
+
+def test_a_part_writes_its_other_companions(tmp_path):
+    Combined([Full("head", save="checkpoint"), LoRA(4)]).inject(Backbone(tiny("bert"))).save(tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
 # ---- configuration
 
 

@@ -246,11 +246,11 @@ def test_a_folder_of_another_peft_method_opens_as_that_method(tmp_path):
 
 
 def test_a_peft_method_that_needs_a_model_of_its_own_is_refused_by_its_type(tmp_path):
-    from peft import PromptTuningConfig
+    from peft import PrefixTuningConfig
 
-    theirs = get_peft_model(tiny("llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    theirs = get_peft_model(tiny("llama"), PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(LightsftError, match=r"(?i)prompt"):
+    with pytest.raises(LightsftError, match=r"(?i)prefix"):
         lightsft.load(tmp_path, tiny("llama"))
 
 
