@@ -17,21 +17,30 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from lightsft import registry
 from lightsft.backbone import Backbone, same_values
+from lightsft.device import dtype_name
 from lightsft.dry_run import input_embeddings
 from lightsft.errors import ArtifactError, BackboneError, LightsftError
 from lightsft.files import write_file, write_json
 from lightsft.injection import Injection, Strategy
+from lightsft.quantization import Quantization
 
 TENSORS, SETTINGS, PEFT_SETTINGS = "adapter_model.safetensors", "lightsft.json", "adapter_config.json"
 KEY_PREFIX = "base_model.model."
 FORMAT = 1
+_TASKS_OF_PEFT = {"SEQ_CLS": "classification", "CAUSAL_LM": "chat", None: "chat"}
+_TASKS_OF_CLASSES = {
+    "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "chat": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}  # class names by type of model
 _KINDS = {"format": int, "strategy": str, "options": dict, "seed": int, "base": dict}
 
 
@@ -80,11 +89,14 @@ def _key(name: str) -> str:
     return KEY_PREFIX + name if "." in name else name
 
 
-def load(directory: str | Path, backbone: Backbone | PreTrainedModel | None = None) -> Injection:
+def load(
+    directory: str | Path, backbone: Backbone | PreTrainedModel | None = None, *, other_quantization: bool = False
+) -> Injection:
     """Put a saved strategy onto `backbone` (by default the one it was trained on, loaded from where it was).
 
     Reads lightsft's folders and PEFT's. Raises ArtifactError for a damaged file, for missing, extra or misshapen
-    tensors, and for a backbone other than the one it was trained on.
+    tensors, and for a backbone other than the one it was trained on; `other_quantization` lets one pass that holds the
+    same model quantized in another way, or not at all.
     """
     directory = Path(directory)
     tensors = read_tensors(directory)
@@ -94,7 +106,7 @@ def load(directory: str | Path, backbone: Backbone | PreTrainedModel | None = No
     elif not isinstance(backbone, Backbone):
         backbone = Backbone(backbone)
     if settings is not None:
-        _check_base(directory, settings, backbone)
+        _check_base(directory, settings, backbone, other_quantization)
         strategy = registry.strategy(settings["strategy"], **settings["options"])
         injection = _restored(strategy, backbone, settings["seed"])
     else:
@@ -128,14 +140,8 @@ def load_base(directory: Path, base: str | None = None, **options: Any) -> Backb
             expected="the backbone",
             todo="name it: lightsft.load(directory, backbone), or --base MODEL",
         )
-    task = settings.get("task") or {}
-    chosen = {
-        "task": task.get("name", "classification" if peft.get("task_type") == "SEQ_CLS" else "chat"),
-        **options,
-    }
-    if task.get("labels"):
-        chosen["labels"] = task["labels"]
     try:
+        chosen = {**_what_to_load(directory, settings, peft), **options, **_as_quantized_then(settings)}
         return Backbone.load(source, **chosen)
     except BackboneError as error:
         if base is not None:
@@ -145,6 +151,35 @@ def load_base(directory: Path, base: str | None = None, **options: Any) -> Backb
             expected="the backbone, where it was then",
             todo="name where it is now: lightsft.load(directory, backbone), or --base MODEL",
         ) from error
+
+
+def _as_quantized_then(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization of the base, and the type that its codes were made from: another gives other codes."""
+    how = Quantization.parse(settings.get("base", {}).get("quantization"))
+    if how is None:
+        return {}
+    return {"quantization": how.scheme, "double_quantization": how.double, "dtype": settings["base"]["dtype"]}
+
+
+def _what_to_load(directory: Path, settings: Mapping[str, Any], peft: Mapping[str, Any]) -> dict[str, Any]:
+    """The task of a folder, with its labels; of a model for another task, the class that it is."""
+    task = settings.get("task") or {}
+    if task:
+        return {"task": task["name"], **({"labels": task["labels"]} if task.get("labels") else {})}
+    if not settings and peft.get("task_type") in _TASKS_OF_PEFT:
+        return {"task": _TASKS_OF_PEFT[peft["task_type"]]}
+    name = str(settings["base"].get("class") if settings else peft["task_type"])
+    for known, classes in _TASKS_OF_CLASSES.items():
+        if settings and classes.get(settings["base"].get("model_type")) == name:
+            return {"task": known}
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ArtifactError(
+            f"{directory} was trained on a {name}, which lightsft does not load by itself",
+            expected=f"a task ({', '.join(_TASKS_OF_CLASSES)}) or a class of transformers",
+            todo="load the model and give it: lightsft.load(directory, model)",
+        )
+    return {"task": None, "kind": kind}
 
 
 def read_settings(directory: Path) -> dict[str, Any] | None:
@@ -236,6 +271,8 @@ def _settings(injection: Injection, task: Mapping[str, Any] | None) -> dict[str,
             "model_type": backbone.model.config.model_type,
             "sketch": injection.sketch,
             "tokens": _tokens(backbone),
+            "quantization": backbone.quantization,
+            "dtype": dtype_name(backbone.stored_dtype),
         },
     }
 
@@ -247,9 +284,15 @@ def _task_of(backbone: Backbone) -> dict[str, Any] | None:
     return {"name": backbone.task, "labels": [labels[index] for index in sorted(labels)]}
 
 
-def _check_base(directory: Path, settings: Mapping[str, Any], backbone: Backbone) -> None:
+def _check_base(directory: Path, settings: Mapping[str, Any], backbone: Backbone, other_quantization: bool) -> None:
     base = settings["base"]
-    different = backbone.differences(_comparable(base, backbone))
+    sketch = _comparable(base, backbone)
+    if base.get("quantization") != backbone.quantization:
+        if not other_quantization:
+            raise _other_quantization(directory, base.get("quantization"), backbone)
+        linear = {owner for name in backbone.anatomy.linear for owner in backbone.anatomy.weights[name].owners}
+        sketch = {name: values for name, values in sketch.items() if name not in linear}
+    different = backbone.differences(sketch)
     if different:
         shown = "\n  ".join(different[:6]) + (f"\n  and {len(different) - 6} more" if len(different) > 6 else "")
         raise ArtifactError(
@@ -257,6 +300,18 @@ def _check_base(directory: Path, settings: Mapping[str, Any], backbone: Backbone
             expected=f"the {base['class']} from {base['source']}",
             todo="load it onto that model",
         )
+
+
+def _other_quantization(directory: Path, trained: str | None, backbone: Backbone) -> ArtifactError:
+    """The strategy made up for the errors of one quantization, which another does not have."""
+    how = Quantization.parse(trained)
+    options = f"quantization={how.scheme!r}, double_quantization={how.double}" if how is not None else "no quantization"
+    return ArtifactError(
+        f"{directory} was trained beside weights in {trained or 'floating point'}; this "
+        f"{type(backbone.model).__name__} holds them in {backbone.quantization or 'floating point'}",
+        expected=f"the same model in {trained or 'floating point'}",
+        todo=f"load it with {options}, or go on all the same with lightsft.load(..., other_quantization=True)",
+    )
 
 
 def _tokens(backbone: Backbone) -> int | None:
@@ -276,17 +331,19 @@ def _comparable(base: Mapping[str, Any], backbone: Backbone) -> dict[str, list[f
 
 
 def _without_base_copies(directory: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
-    """PEFT saves a targeted embedding's own weight along, as `base_layer`: it must be the backbone's."""
-    copies = {name: name.replace(".base_layer.", ".") for name in tensors if ".base_layer." in name}
-    own = backbone.model.state_dict()
-    for name, base_name in copies.items():
-        if base_name not in own or not same_values(own[base_name], tensors[name]):
+    """PEFT saves the own weight of a targeted embedding or head along, as `base_layer`: it must be the backbone's."""
+    model, ending = backbone.model, ".base_layer.weight"
+    tables = {id(table) for table in (input_embeddings(model), model.get_output_embeddings()) if table is not None}
+    tables |= {id(module) for module in model.modules() if isinstance(module, nn.Embedding)}
+    owners = {f"{name}{ending}": name for name, module in model.named_modules() if id(module) in tables}
+    for name in owners.keys() & tensors.keys():
+        if not same_values(model.get_parameter(f"{owners[name]}.weight"), tensors[name]):
             raise ArtifactError(
-                f"{directory} was trained on a model with another {base_name}",
+                f"{directory} was trained on a model with another {owners[name]}.weight",
                 expected="the backbone it was trained on",
                 todo="load it onto that model",
             )
-    return {name: tensor for name, tensor in tensors.items() if name not in copies}
+    return {name: tensor for name, tensor in tensors.items() if name not in owners}
 
 
 def _strategy_from_peft(directory: Path, tensors: Mapping[str, Tensor]) -> Strategy:
@@ -296,7 +353,7 @@ def _strategy_from_peft(directory: Path, tensors: Mapping[str, Tensor]) -> Strat
             f"{directory} holds neither {SETTINGS} nor {PEFT_SETTINGS}",
             expected="an adapter folder written by lightsft or PEFT",
         )
-    kinds: list[Any] = sorted(registry.strategies().values(), key=lambda kind: isinstance(kind, registry.Family))
+    kinds: list[Any] = sorted(registry.usable().values(), key=lambda kind: isinstance(kind, registry.Family))
     for reader in (kind for kind in kinds if isinstance(kind, ReadsPeft)):
         strategy = reader.from_peft(config, tensors)
         if strategy is not None:

@@ -84,11 +84,11 @@ class Backbone:
         device: str = "auto",
         seed: int = 0,
     ) -> Backbone:
-        """Load a local folder, a hub id or a GGUF file for `task` ("classification" or "chat"), or as a model of `kind`.
+        """Load a folder, a hub id or a GGUF file for `task` ("classification" or "chat"), or as a model of `kind`.
 
         `labels` names the classes in order and sizes the head. `dtype` is what it computes in ("auto": what is fast
         and safe on the device), `weight_dtype` what its weights are kept in (default: the same; "checkpoint": as
-        stored). A head the checkpoint does not hold is initialised from `seed`.
+        stored). A head the checkpoint does not hold is initialised from `seed`. A model of `kind` needs no tokenizer.
         Raises BackboneError when nothing can be loaded from there.
         """
         place = choose_device(device)
@@ -105,7 +105,7 @@ class Backbone:
             options["label2id"] = {label: index for index, label in enumerate(labels)}
             options["ignore_mismatched_sizes"] = True
         with loading(str(path_or_id)), _seeded(seed):
-            tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+            tokenizer = _tokenizer(folder, gguf, required=kind is None)
             model, info = (kind or auto_class(task)).from_pretrained(folder, output_loading_info=True, **options)
         fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
         _give_padding(model, tokenizer)
@@ -281,8 +281,20 @@ def auto_class(task: str | None) -> Any:
     return getattr(transformers, AUTO_CLASSES[task])
 
 
+def _tokenizer(folder: str, gguf: str | None, *, required: bool) -> Any:
+    """The tokenizer of a checkpoint; None where there is none and it is not `required`."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+    except (OSError, ValueError, KeyError):
+        if required:
+            raise
+        return None
+
+
 def _give_padding(model: PreTrainedModel, tokenizer: Any) -> None:
     """A tokenizer without a padding token pads with its end token, and the model is told: batches need one."""
+    if tokenizer is None:
+        return
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "pad_token_id", None) is None:
@@ -314,4 +326,4 @@ def load_tokenizer(path_or_id: str) -> Any:
     """The tokenizer of a checkpoint, without its weights."""
     folder, gguf = locate(path_or_id)
     with loading(path_or_id):
-        return AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+        return _tokenizer(folder, gguf, required=True)

@@ -7,6 +7,7 @@ and less than 1 GB.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,16 +17,19 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from lightsft import registry
-from lightsft.backbone import Backbone, _auto_class, _loading, _locate
+from lightsft.backbone import Backbone, auto_class, loading, locate
 from lightsft.device import dtype_name
 from lightsft.errors import BackboneError, ConfigurationError, LightsftError
 from lightsft.injection import Injection, Strategy
 from lightsft.meta import weightless
 from lightsft.quiet import quiet
 from lightsft.tree import Node, ranges, read_tree
+
+_OPTIONS_TO_GIVE = {"combined": "combined(strategies=[lora, prompt])", "new_tokens": "new_tokens(count=2)"}
 
 
 @dataclass(frozen=True)
@@ -104,17 +108,70 @@ def inspect(
 
 def load_weightless(path_or_id: str | Path, *, task: str | None = None) -> Backbone:
     """The backbone that a configuration describes, within `weightless()`. A GGUF file's is a language model."""
-    folder, gguf = _locate(path_or_id)
-    with _loading(str(path_or_id)):
-        config = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
-        model = _model_class(config, str(path_or_id), task or ("chat" if gguf else None))(config)
+    folder, gguf = locate(path_or_id)
+    with loading(str(path_or_id)):
+        config = _read_config(folder, gguf)
+        make = _model_class(config, str(path_or_id), task or ("chat" if gguf else None))
+        model = _made(make, config, str(path_or_id))
     return Backbone(model.to(torch.bfloat16), task=task, source=str(path_or_id))  # what grouped experts multiply in
+
+
+def _read_config(folder: str, gguf: str | None) -> Any:
+    """The configuration; custom code beside it is not run."""
+    path = Path(folder) / "config.json"
+    if gguf is None and path.is_file():
+        _check_json(path)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **({"gguf_file": gguf} if gguf else {}))
+    except StrictDataclassError as error:
+        raise _unfit(str(path), error) from error
+
+
+def _check_json(path: Path) -> None:
+    """Errors that transformers words for other cases: text that is no JSON, a type it does not know, custom code."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BackboneError(f"{path} is no JSON: {error}", expected="a configuration", todo="copy it again") from error
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind is not None and kind not in CONFIG_MAPPING:
+        custom = "; its custom code (auto_map) is not run" if "auto_map" in content else ""
+        raise BackboneError(
+            f"{path} is of the type {kind!r}, which transformers {transformers.__version__} does not know{custom}",
+            expected="an architecture that transformers has",
+            todo="install a version of transformers that has it",
+        )
+
+
+def _made(make: Callable[[Any], PreTrainedModel], config: Any, source: str) -> PreTrainedModel:
+    """The model of a configuration."""
+    try:
+        return make(config)
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        AssertionError,
+        AttributeError,
+        KeyError,
+    ) as error:
+        raise _unfit(source, error) from error
+
+
+def _unfit(source: str, error: Exception) -> BackboneError:
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return BackboneError(
+        f"no model can be made of the configuration of {source}: {' '.join(said) or type(error).__name__}",
+        expected="values that fit each other",
+        todo="correct them in config.json",
+    )
 
 
 def _model_class(config: Any, source: str, task: str | None) -> Callable[[Any], PreTrainedModel]:
     """What makes the model of a configuration: the class for the task, or the one that was saved."""
     if task is not None:
-        auto = _auto_class(task)
+        auto = auto_class(task)
         if type(config) not in auto._model_mapping:
             raise BackboneError(
                 f"transformers has no {task} model of the type {config.model_type}",
@@ -163,23 +220,40 @@ def _one_thread() -> Iterator[None]:
 def _chosen_effects(backbone: Backbone, chosen: Iterable[tuple[str, Strategy]]) -> Iterator[Effect]:
     for name, strategy in chosen:
         injection = strategy.inject(backbone)
-        yield _effect(name, injection)
-        injection.eject()
+        try:
+            effect = _effect(name, injection)
+        finally:
+            injection.eject()
+        yield effect
 
 
 def _default_effects(backbone: Backbone) -> Iterator[Effect]:
-    """Of every installed strategy with its default options; of a family, no member."""
-    for name, kind in registry.strategies().items():
-        if isinstance(kind, registry.Family):
-            continue
+    """Of every installed strategy with its default options; of a family, how to see its members."""
+    for name in registry.names():
         try:
-            yield from _chosen_effects(backbone, [(name, kind())])
-        except (ConfigurationError, TypeError) as error:
-            yield Effect(name, refusal=f"needs options: {getattr(error, 'found', error)}")
-        except LightsftError as error:
-            yield Effect(name, refusal=f"refused: {error.found}")
-        except Exception as error:  # whatever a strategy's code does on tensors without values
-            yield Effect(name, refusal=f"unknown without weights: {type(error).__name__}: {error}")
+            kind = registry.registered(name)
+        except ConfigurationError as error:
+            yield Effect(name, refusal=error.found)
+            continue
+        yield (_family(name) if isinstance(kind, registry.Family) else _default_effect(backbone, kind, name))
+
+
+def _default_effect(backbone: Backbone, kind: type[Strategy], name: str) -> Effect:
+    try:
+        [effect] = _chosen_effects(backbone, [(name, kind())])
+    except (ConfigurationError, TypeError) as error:
+        found = getattr(error, "found", str(error))
+        needed = _OPTIONS_TO_GIVE.get(name, "")
+        return Effect(name, refusal=f"needs options: {found}{needed and f'; see --strategy {needed!r}'}")
+    except LightsftError as error:
+        return Effect(name, refusal=f"refused: {error.found}")
+    except Exception as error:  # whatever a strategy's code does on tensors without values
+        return Effect(name, refusal=f"unknown without weights: {type(error).__name__}: {error}")
+    return effect
+
+
+def _family(name: str) -> Effect:
+    return Effect(f"{name}/NAME", refusal=f"a family; see --strategy {name}/NAME and `lightsft strategies`")
 
 
 def _effect(name: str, injection: Injection) -> Effect:

@@ -240,6 +240,8 @@ def copies_carry_it(trial: _Trial) -> Iterator[str]:
         yield "training the deep copy changes the original; expected tensors of its own"
     if _equal(trial.run(twin.model), trial.outputs):
         yield "training the deep copy has no effect on it; expected another output"
+    for difference in _left_behind(twin.eject().model, trial.make()):
+        yield f"a deep copy that is ejected: {difference}"
 
 
 def a_seed_decides_its_start(trial: _Trial) -> Iterator[str]:
@@ -284,11 +286,7 @@ def ejected_it_leaves_no_trace(trial: _Trial) -> Iterator[str]:
     outputs = trial.run(model)
     if not _equal(outputs, trial.plain_outputs):
         yield f"outputs are off by {_differences(outputs, trial.plain_outputs):.1e}; expected the backbone's own bits"
-    yield from _traces(model)
-    found, expected = _structure(model), _structure(plain)
-    for path in sorted(found.keys() & expected.keys()):
-        for what in (what for what in expected[path] if found[path][what] != expected[path][what]):
-            yield f"{path or 'the model'} has {what} {found[path][what]}; expected {expected[path][what]}"
+    yield from _left_behind(model, plain)
 
 
 CHECKS: tuple[Check, ...] = (
@@ -343,6 +341,17 @@ def _traces(model: nn.Module) -> Iterator[str]:
         left += [hook.__qualname__ for hook in hooks if "lightsft" in str(getattr(hook, "__module__", ""))]
         for name in left:
             yield f"{path or 'the model'} still has {name}; expected nothing of lightsft"
+
+
+def _left_behind(model: nn.Module, plain: nn.Module) -> Iterator[str]:
+    """What an ejected model has that a plain one has not, beside values."""
+    yield from _traces(model)
+    found, expected = _structure(model), _structure(plain)
+    for path in sorted(found.keys() ^ expected.keys()):
+        yield f"{path} is {'missing' if path in expected else 'there'}; expected the modules of the backbone"
+    for path in sorted(found.keys() & expected.keys()):
+        for what in (what for what in expected[path] if found[path][what] != expected[path][what]):
+            yield f"{path or 'the model'} has {what} {found[path][what]}; expected {expected[path][what]}"
 
 
 def _structure(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -199,6 +200,33 @@ def test_without_a_backbone_the_one_it_was_trained_on_is_loaded(tmp_path, monkey
 
 def test_a_folder_that_names_no_backbone_asks_for_one(folder):
     with pytest.raises(ArtifactError, match="does not say which model"):
+        lightsft.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["BertForQuestionAnswering", "BertForTokenClassification", "BertForMaskedLM"])
+def test_a_model_for_another_task_is_loaded_as_the_class_that_it_was(kind, tmp_path):
+    config = tiny("bert", num_labels=2).config
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, kind)(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    base = getattr(transformers, kind).from_pretrained(tmp_path / "base").eval()
+    injection = randomise(LoRA(rank=2).inject(Backbone(base)))
+    folder = injection.save(tmp_path / "adapter")
+    again = lightsft.load(folder, artifact.load_base(folder, dtype="float32", device="cpu"))
+    assert type(lightsft.load(folder).model) is type(again.model) is type(model)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+    with torch.no_grad():
+        pairs = zip(again.model.eval()(**inputs).values(), injection.model.eval()(**inputs).values(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_class_that_transformers_does_not_have_asks_for_the_model(folder):
+    settings = json.loads((folder / SETTINGS).read_text())
+    edit_settings(folder, task=None, base=settings["base"] | {"class": "SecretForPoetry", "source": "somewhere"})
+    with pytest.raises(
+        ArtifactError, match="SecretForPoetry, which lightsft does not load"
+    ):
         lightsft.load(folder)
 
 

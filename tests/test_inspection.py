@@ -1,6 +1,7 @@
 """What a configuration alone tells agrees with the model that has weights."""
 
 import logging
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import transformers
 
 from lightsft import Backbone, registry, strategy
 from lightsft.errors import BackboneError, ConfigurationError, TargetError
+from lightsft.injection import Injection
 from lightsft.inspection import collapse, inspect
 from tests.run_fixtures import bert, llama  # noqa: F401
 from tests.tiny_models import tiny
@@ -56,9 +58,10 @@ def test_the_effect_of_a_strategy_is_that_on_the_model_itself(saved, name, kind,
 def test_every_strategy_is_shown_or_refused_with_a_reason(saved):
     inspection = inspect(saved("t5", architectures=["T5ForConditionalGeneration"]))
     families = {name for name, kind in registry.strategies().items() if isinstance(kind, registry.Family)}
-    assert [effect.strategy for effect in inspection.effects] == sorted(registry.strategies().keys() - families)
+    own = registry.strategies().keys() - families
+    assert [effect.strategy for effect in inspection.effects] == sorted({*own, *(f"{name}/NAME" for name in families)})
     effects = {effect.strategy: effect for effect in inspection.effects}
-    assert effects["bitfit"].refusal == "refused: no bias in the blocks of T5ForConditionalGeneration"
+    assert effects["bitfit"].refusal == "refused: no bias in T5ForConditionalGeneration"
     assert effects["full"].trainable == inspection.parameters == inspection.tree.parameters
     for effect in inspection.effects:
         assert bool(effect.refusal) != bool(effect.trainable), effect
@@ -128,6 +131,17 @@ def test_a_model_that_no_example_runs_through_is_read_by_its_structure(tmp_path,
             "SecretForCausalLM, which transformers",
         ),
         ({"hidden_size": 3}, None, "cannot load a model"),
+        ({"model_type": "nonesuch"}, None, "of the type 'nonesuch', which transformers"),
+        (
+            {"model_type": "nonesuch", "auto_map": {"AutoConfig": "code.Config"}},
+            None,
+            r"custom code \(auto_map\) is not run",
+        ),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 65, "num_attention_heads": 4},
+            None,
+            "no model can be made of the configuration",
+        ),
         ({"model_type": "vit"}, "chat", "no chat model of the type vit"),
         ({"model_type": "llama"}, "poetry", "no task named 'poetry'"),
     ],
@@ -159,3 +173,39 @@ def test_nothing_is_left_changed(saved):
 def test_names_that_differ_in_numbers_are_collapsed():
     names = [f"layers.{layer}.experts.{expert}.up" for layer in range(3) for expert in (0, 1, 5)] + ["head.conv1"]
     assert collapse(names) == [("layers.0-2.experts.0-1,5.up", 9), ("head.conv1", 1)]
+
+
+def test_text_that_is_no_json_is_called_so(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BackboneError, match="is no JSON"):
+        inspect(tmp_path, strategies=[])
+
+
+def test_an_effect_that_cannot_be_computed_leaves_the_others_alone(saved, monkeypatch):
+    def fails_once(injection):
+        monkeypatch.undo()
+        raise RuntimeError("no number")
+
+    monkeypatch.setattr(Injection, "coverage", property(fails_once))
+    effects = inspect(saved("bert", architectures=["BertForSequenceClassification"])).effects
+    assert effects[0].refusal == "unknown without weights: RuntimeError: no number"
+    assert not any("already carries" in effect.refusal for effect in effects)
+    assert sum(bool(effect.trainable) for effect in effects) > 8
+
+
+def test_a_plugin_that_does_not_work_is_a_row_of_its_own(saved, monkeypatch):
+    entries = [
+        EntryPoint("broken", "no_such_package:Class", registry.GROUP),
+        EntryPoint("function", "json:dumps", registry.GROUP),
+        EntryPoint("lora", "lightsft_adapters.lora:LoRA", registry.GROUP),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+    registry._entries.cache_clear()
+    try:
+        effects = inspect(saved("bert", architectures=["BertForSequenceClassification"])).effects
+    finally:
+        monkeypatch.undo()
+        registry._entries.cache_clear()
+    assert "no_such_package:Class cannot be imported" in effects[0].refusal
+    assert "json:dumps is no strategy" in effects[1].refusal
+    assert effects[2].trainable

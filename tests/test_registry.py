@@ -119,6 +119,21 @@ def test_a_class_that_no_package_registers_is_refused_with_the_line_to_add(insta
     assert registry.GROUP in caught.value.todo
 
 
+def test_a_class_that_its_package_exports_from_elsewhere_goes_by_its_name(installed):
+    installed(("broken", "no_such_package:Class"), ("mine", "lightsft_adapters:LoRA"))
+    assert registry.name_of(LoRA()) == "mine"
+
+
+@pytest.mark.parametrize("value", ["json:dumps", "json:JSONDecoder", "tests.test_registry:OURS"])
+def test_what_is_no_strategy_is_named_with_its_package(installed, value):
+    installed(("broken", value), ("lora", "lightsft_adapters.lora:LoRA"))
+    with pytest.raises(ConfigurationError, match=f"'broken' of {value} is no strategy") as caught:
+        registry.strategy_class("broken")
+    assert "inject" in caught.value.expected
+    assert registry.usable() == {"lora": LoRA}
+    assert registry.names() == ["broken", "lora"]
+
+
 def test_a_third_partys_strategy_is_found_by_its_name(installed):
     installed(("mine", "lightsft_adapters.adapter:Adapter"))
     assert isinstance(lightsft.strategy("mine", reduction_factor=2), Adapter)

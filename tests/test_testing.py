@@ -25,8 +25,8 @@ OPTIONS = {
 }
 MEMBERS = {"peft": "peft/loha"}  # of a family, one
 REFUSED = {
-    ("bitfit", "decoder"): "no bias in the blocks of LlamaForCausalLM",
-    ("bitfit", "encoder-decoder"): "no bias in the blocks of T5ForConditionalGeneration",
+    ("bitfit", "decoder"): "no bias in LlamaForCausalLM",
+    ("bitfit", "encoder-decoder"): "no bias in T5ForConditionalGeneration",
 }
 
 

@@ -15,12 +15,41 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-_ABSENT = object()
+
+class _Absent(Enum):
+    """What an entry that is not there holds; a deep copy of it is the same."""
+
+    ABSENT = 0
+
+
+_ABSENT = _Absent.ABSENT
+
+
+@dataclass
+class Place:
+    """A dictionary of `holder`, by the name of the attribute it is, or that of its attributes (None).
+
+    Looked up each time: the dictionary of an object's attributes is another one in a deep copy.
+    """
+
+    holder: Any
+    attribute: str | None = None
+
+    @property
+    def dictionary(self) -> dict[Any, Any]:
+        """As it is now."""
+        attributes: dict[Any, Any] = self.holder.__dict__
+        return attributes if self.attribute is None else attributes[self.attribute]
+
+    def holds(self, dictionary: dict[Any, Any]) -> bool:
+        """Whether it still is this one."""
+        return self.attribute is None or self.holder.__dict__.get(self.attribute) is dictionary
 
 
 @dataclass
@@ -28,7 +57,7 @@ class Entry:
     """One changed entry of a dictionary of the module called `owner`."""
 
     owner: str
-    place: dict[Any, Any]
+    place: Place
     key: Any
     before: Any
     after: Any
@@ -36,9 +65,9 @@ class Entry:
     def put(self, value: Any) -> None:
         """Set the entry; _ABSENT removes it."""
         if value is _ABSENT:
-            self.place.pop(self.key, None)
+            self.place.dictionary.pop(self.key, None)
         else:
-            self.place[self.key] = value
+            self.place.dictionary[self.key] = value
 
 
 class ChangedValue:
@@ -65,7 +94,7 @@ class Edits:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.values: list[ChangedValue] = []
-        self.orders: list[tuple[dict[Any, Any], list[Any]]] = []  # of dictionaries that lost a key
+        self.orders: list[tuple[Place, list[Any]]] = []  # of dictionaries that lost a key
 
     @property
     def replaced(self) -> dict[str, tuple[nn.Module, nn.Module]]:
@@ -91,8 +120,9 @@ class Edits:
         for entry in reversed(self.entries):
             entry.put(entry.before)
         for place, order in self.orders:
-            for key in [*order, *(key for key in list(place) if key not in order)]:
-                place[key] = place.pop(key)
+            dictionary = place.dictionary
+            for key in [*order, *(key for key in list(dictionary) if key not in order)]:
+                dictionary[key] = dictionary.pop(key)
 
     def redo(self) -> None:
         """Everything as it was changed."""
@@ -126,19 +156,21 @@ class _Snapshot:
     """The dictionaries of every module, and where each tensor's values lie."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.places = [(owner, place, dict(place)) for owner, place in _dictionaries(model)]
+        self.places = [(owner, p, p.dictionary, dict(p.dictionary)) for owner, p in _dictionaries(model)]
         tensors = [*model.parameters(), *model.buffers()]
         self.data = [(tensor, tensor.data) for tensor in tensors if not is_traceable_wrapper_subclass(tensor)]
         self.writes = _CopiesBeforeWriting([data for _, data in self.data if data.device.type != "meta"])
 
     def compare(self, edits: Edits) -> None:
         """Add what is different now."""
-        for owner, place, before in self.places:
-            for key in before | place:
-                old, new = before.get(key, _ABSENT), place.get(key, _ABSENT)
+        for owner, place, now, before in self.places:
+            if not place.holds(now):  # another dictionary is there, which is an entry of its own
+                continue
+            for key in before | now:
+                old, new = before.get(key, _ABSENT), now.get(key, _ABSENT)
                 if old is not new and key != "training":
                     edits.entries.append(Entry(owner, place, key, old, new))
-            if before.keys() - place.keys():
+            if before.keys() - now.keys():
                 edits.orders.append((place, list(before)))
         for tensor, data in self.data:
             if id(data) in self.writes.copies:
@@ -147,15 +179,15 @@ class _Snapshot:
                 edits.values.append(ChangedValue(tensor, data))
 
 
-def _dictionaries(model: nn.Module) -> Iterator[tuple[str, dict[Any, Any]]]:
+def _dictionaries(model: nn.Module) -> Iterator[tuple[str, Place]]:
     """Each module's attributes, and each dictionary among them: children, parameters, buffers, hooks."""
     if hasattr(model, "config"):
-        yield "", model.config.__dict__
+        yield "", Place(model.config)
     for name, module in model.named_modules():
-        yield name, module.__dict__
-        for value in module.__dict__.values():
+        yield name, Place(module)
+        for attribute, value in module.__dict__.items():
             if isinstance(value, dict):
-                yield name, value
+                yield name, Place(module, attribute)
 
 
 class _CopiesBeforeWriting(TorchDispatchMode):

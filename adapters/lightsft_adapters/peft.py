@@ -11,9 +11,10 @@ The folder is one that PeftModel.from_pretrained opens, and PEFT's own folders a
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +38,14 @@ logger = logging.getLogger(__name__)
 
 _OURS = {"p_tuning": "p_tuning", "prefix_tuning": "prefix", "cartridge": "prefix"}  # the rest: prompt
 _ADDED_HERE = ("adalora", "poly")  # what their own forward adds, a callback and a hook do
+_FROM_DATA = ("eva", "lora_ga", "corda")  # starts of a LoRA that code outside its layers computes from batches
+_PEFTS_HEADS = ("score", "classifier", "qa_outputs")  # what PEFT takes for a head in a model of any class
+_SAID_BY_THE_BACKBONE = {
+    "task_type": "the task: Backbone.load(path, task=...)",
+    "base_model_name_or_path": "where the model came from",
+    "revision": "where the model came from",
+    "auto_mapping": "the model's class",
+}
 
 
 @dataclass(frozen=True)
@@ -44,9 +53,9 @@ class Peft:
     """A family of strategies: `registry.strategy("peft/boft", boft_block_size=4)` or `Peft.member("boft")(...)`.
 
     Options are the fields of PEFT's configuration class. `target_modules` also takes our keywords ("linear",
-    "attention", "mlp", "embedding") and regular expressions; without it every linear layer in the blocks is served,
-    and norms or the token embedding by the tuners that are made for those. The task head is trained beside it, so
-    `modules_to_save` need not name it.
+    "attention", "mlp", "embedding") and regular expressions; without it, or with PEFT's "all-linear", every linear
+    layer in the blocks is served, and without it norms or the token embedding by the tuners that are made for those.
+    The task head is trained beside it, so `modules_to_save` need not name it.
     """
 
     member_name: ClassVar[str] = ""
@@ -67,7 +76,20 @@ class Peft:
             raise refusal
         return _strategy_class(name)
 
+    @classmethod
+    def instead_of(cls, option: str) -> str | None:
+        """PEFT's general settings, which are no options here."""
+        said = _SAID_BY_THE_BACKBONE.get(option)
+        return None if said is None else f"leave it out: the backbone says {said}"
+
     def __post_init__(self) -> None:
+        start = getattr(self, "init_lora_weights", True)
+        if start in _FROM_DATA:
+            raise ConfigurationError(
+                f"init_lora_weights={start!r} is computed from batches of data, and layers are placed without",
+                expected="a start that the weights alone decide",
+                todo="use init_lora_weights='pissa' or 'olora'",
+            )
         if self.member_name:  # the options alone: modules are named when there is a model
             self._configuration({"target_modules": None, "feedforward_modules": None, "total_step": UNKNOWN_STEPS})
 
@@ -133,6 +155,8 @@ class Peft:
         kind = cls.member(name)
         known = {field.name for field in dataclasses.fields(kind)}
         options = {key: value for key, value in config.items() if key in known and value is not None}
+        if options.get("init_lora_weights") == "eva":  # which leaves the backbone's weights as they are
+            options["init_lora_weights"] = True
         targets = _modules_named_in(tensors, name)
         if targets:
             options["target_modules"] = targets
@@ -263,10 +287,24 @@ def _peft_warnings_logged() -> Iterator[None]:
 
 
 def _outside_head(backbone: Backbone, modules: Any) -> list[str] | None:
-    """`modules_to_save` without the task head, which every strategy trains, and without what is not there."""
+    """`modules_to_save` without the task head, which every strategy trains; TargetError for what is not there."""
     head = {name.rpartition(".")[0] for name in backbone.head}
-    others = [f".{name}" for name, _ in backbone.model.named_modules() if name not in head]
-    return [end for end in modules or () if any(name.endswith(f".{end}") for name in others)] or None
+    names = [name for name, _ in backbone.model.named_modules() if name]
+    missing = [end for end in modules or () if end not in _PEFTS_HEADS and not _ending_in(end, names)]
+    if missing:
+        known = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+        near = difflib.get_close_matches(missing[0], known, n=1)
+        raise TargetError(
+            f"modules_to_save names {', '.join(missing)}, which {type(backbone.model).__name__} has not",
+            expected=f"the ends of names of modules, such as {', '.join(known[:16])}",
+            todo=f"did you mean {near[0]!r}?" if near else "leave it out: the task head is trained anyway",
+        )
+    others = [name for name in names if name not in head]
+    return [end for end in modules or () if _ending_in(end, others)] or None
+
+
+def _ending_in(end: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if f".{name}".endswith(f".{end}")]
 
 
 def _write_shared_keys(injection: Injection, directory: Path) -> None:

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _INITIALISATIONS = {"pissa": "pissa", "olora": "olora", "gaussian": "gaussian"}
-# Options under which PEFT computes something else than s B A x or changes the backbone's weights.
-_UNREADABLE = (
-    "layer_replication", "target_parameters", "trainable_token_indices", "lora_bias", "megatron_config",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
+# Options under which PEFT's layers compute something else than s B A x: these are folders of peft/lora.
+_OF_PEFTS_LAYERS = (
+    "layer_replication", "target_parameters", "trainable_token_indices", "lora_bias", "use_qalora", "use_bdlora",
 )  # fmt: skip
+# Options under which PEFT computes outside its layers.
+_UNREADABLE = ("megatron_config", "alora_invocation_tokens", "arrow_config")
 
 
 def write_peft_config(lora: LoRA, injection: Injection, directory: Path) -> None:
@@ -75,7 +76,7 @@ def write_peft_config(lora: LoRA, injection: Injection, directory: Path) -> None
 
 
 def read_peft_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Options of the LoRA that a PEFT folder holds, or None if it holds something else.
+    """Options of the LoRA that a PEFT folder holds, or None if it holds something else, or a LoRA of another formula.
 
     The targets are read off the tensors' names, which say exactly which modules carry an update.
     """
@@ -89,17 +90,17 @@ def read_peft_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
             todo="copy or train it again",
         )
     used = [name for name in _UNREADABLE if config.get(name)]
-    if config.get("bias", "none") != "none":
-        used.append("bias")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and (start.startswith("pissa_niter") or start in ("corda", "loftq", "lora_ga")):
         used.append(f"init_lora_weights={start!r}")
     if used:
         raise ArtifactError(
-            f"the PEFT folder uses {', '.join(used)}, which lightsft's lora does not compute",
+            f"the PEFT folder uses {', '.join(used)}, which no strategy of lightsft computes",
             expected="a LoRA without these options",
             todo="merge it with PEFT (merge_and_unload) and use the merged model",
         )
+    if config.get("bias", "none") != "none" or any(config.get(name) for name in _OF_PEFTS_LAYERS):
+        return None
     targets = dict(_updates(tensors))
     whole = sorted(name for name in tensors if ".lora_" not in name)
     return {

@@ -28,10 +28,13 @@ from lightsft_adapters.peft_tuner import UNKNOWN_STEPS
 logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 10  # of adaption_prompt, which has no default
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 
 
 def find_targets(backbone: Backbone, tuner: str, asked: str | Sequence[str] | None) -> list[str]:
     """Names of the modules to serve: what was asked for, else what this tuner is made for, else linear layers."""
+    if asked == ALL_LINEAR or asked == (ALL_LINEAR,):
+        return _linear(backbone) or select_modules(backbone, "linear")
     if asked is not None:
         return select_modules(backbone, asked, servable=lambda module: module is not backbone.model)
     if tuner in _NAMES_ITS_OWN:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,7 +44,7 @@ class PlacedTuner(Primitive):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # by another strategy
         modes = {module: module.training for module in model.modules()}
         own = list(model.parameters())
-        with watching(model) as self.edits:
+        with watching(model) as self.edits, _permutations_at_once():
             self.holder: Any = PeftModel(model, config, ADAPTER, autocast_adapter_dtype=False)
             _widen_what_is_trained(self.holder)
         self.replaced = self.edits.replaced
@@ -202,9 +202,10 @@ class PlacedTuner(Primitive):
 
     @property
     def mergeable(self) -> bool:
-        """Whether each of PEFT's layers merges, tried on a copy, into weights that the module has."""
+        """Whether each of PEFT's layers merges into weights that the module has, tried on a copy of one of a kind."""
         if self._merges is None:
-            self._merges = all(_merges(before, after) for before, after in self.replaced.values())
+            kinds = {(_form(before), _form(after)): (before, after) for before, after in self.replaced.values()}
+            self._merges = all(_merges(before, after) for before, after in kinds.values())
         return self._merges
 
     @torch.no_grad()
@@ -265,6 +266,27 @@ def peft_key(name: str) -> str:
     return name if name.startswith("base_model.") else KEY_PREFIX + name
 
 
+@contextmanager
+def _permutations_at_once() -> Iterator[None]:
+    """Within it BOFT's (width, width) permutation matrices are filled in one step.
+
+    PEFT writes one value after the other, which takes minutes for a model of wide layers.
+    """
+    from peft.tuners.boft.layer import BOFTLayer
+
+    before = BOFTLayer.perm2mat
+    BOFTLayer.perm2mat = _permutation
+    try:
+        yield
+    finally:
+        BOFTLayer.perm2mat = before
+
+
+def _permutation(layer: nn.Module, indices: Tensor) -> Tensor:
+    """The matrix that has its 1 of row i in the column indices[i]."""
+    return torch.zeros(len(indices), len(indices)).scatter_(1, indices[:, None], 1.0)
+
+
 def _all_tensors(module: nn.Module) -> dict[str, Tensor]:
     """What `state_dict()` holds, without calling it: bitsandbytes repacks its weights there, and wrongly on a CPU."""
     return {
@@ -285,7 +307,7 @@ def _widen_what_is_trained(holder: Any) -> None:
         id(parameter)
         for layer in holder.modules()
         for name in getattr(layer, "other_param_names", ())
-        if isinstance(getattr(layer, name), nn.Module)
+        if isinstance(getattr(layer, name, None), nn.Module)  # a dotted name is that of no module
         for parameter in getattr(layer, name).parameters()
     }
     frozen = {n for n, p in holder.named_parameters() if not p.requires_grad or id(p) in declared}
@@ -321,6 +343,12 @@ def _look_up_trained(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
         return None
     trained = torch.tensor(_trained_tokens(layer), device=ids.device)
     return trained[torch.arange(ids.numel(), device=ids.device) % len(trained)].view(ids.shape), *args[1:]
+
+
+def _form(module: nn.Module) -> Hashable:
+    """Its class, and its parameters but for their values."""
+    parameters = ((name, tuple(parameter.shape), parameter.dtype) for name, parameter in module.named_parameters())
+    return type(module), tuple(parameters)
 
 
 def _merges(before: nn.Module, after: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """What a piece of code changed on a model is taken back and made again."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -112,3 +114,18 @@ def test_what_others_place_afterwards_stays():
     edits.undo()
     assert len(m["first"]._forward_hooks) == 1
     assert torch.equal(m["first"](torch.zeros(3)), 2 * m["first"].bias)
+
+
+@pytest.mark.parametrize("change", changes())
+def test_a_deep_copy_is_put_back_by_itself(change):
+    m = model()
+    before = state(copy.deepcopy(m))[1:]
+    with watching(m) as edits:
+        changes()[change](m)
+    changed = state(m)
+    twin, its_edits = copy.deepcopy((m, edits))
+    its_edits.undo()
+    assert state(twin)[1:] == before
+    assert vars(twin).keys() == vars(model()).keys()
+    assert len(twin["first"]._forward_hooks if "first" in twin else ()) == 0
+    assert state(m) == changed

@@ -14,8 +14,10 @@ from torch import nn
 import lightsft
 from lightsft import Backbone, registry
 from lightsft.errors import ConfigurationError, MergeError, TargetError
+from lightsft_adapters import peft_tuner
 from lightsft_adapters.peft import Peft, placed_tuner
 from lightsft_adapters.peft_options import shortest_endings
+from lightsft_adapters.peft_tuner import _permutations_at_once
 from tests.run_fixtures import *  # noqa: F403  fixtures of the one test that runs a command
 from tests.tiny_models import (
     batch,
@@ -378,6 +380,64 @@ def test_the_task_head_is_trained_once_whatever_modules_to_save_says():
     assert placed_tuner(injection).config.modules_to_save == ["pooler"]
 
 
+def test_what_modules_to_save_misspells_is_refused_with_the_nearest():
+    with pytest.raises(TargetError, match="modules_to_save names poolr") as caught:
+        inject("bert", "boft", modules_to_save=["classifier", "poolr"])
+    assert "'pooler'" in caught.value.todo
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pefts_all_linear_means_the_linear_layers_in_the_blocks(family):
+    assert set(placed_tuner(inject(family, "lora", target_modules="all-linear")).replaced) == set(layers(family))
+
+
+def test_the_task_is_the_backbones_and_no_option():
+    with pytest.raises(ConfigurationError, match="peft/lora has no option task_type") as caught:
+        registry.strategy("peft/lora", task_type="CAUSAL_LM")
+    assert "the backbone says the task" in caught.value.todo
+
+
+@pytest.mark.parametrize("start", ["eva", "lora_ga", "corda"])
+def test_a_start_that_needs_data_is_refused_with_those_that_do_not(start):
+    with pytest.raises(ConfigurationError, match=f"init_lora_weights='{start}'") as caught:
+        registry.strategy("peft/lora", init_lora_weights=start)
+    assert "'pissa' or 'olora'" in caught.value.todo
+
+
+def test_rows_of_single_tokens_are_trained_beside_a_lora(tmp_path):
+    injection = randomise(inject("llama", "lora", trainable_token_indices=TOKENS))
+    assert any("trainable_tokens_delta" in name for name in injection.named_parameters())
+    folder = injection.save(tmp_path)
+    assert torch.equal(logits(lightsft.load(folder, tiny("llama")).model), logits(injection.model))
+
+
+def test_permutations_are_those_that_peft_makes():
+    from peft.tuners.boft.layer import BOFTLayer
+
+    indices, before = torch.randperm(7), BOFTLayer.perm2mat
+    with _permutations_at_once():
+        assert BOFTLayer.perm2mat is not before
+        assert torch.equal(BOFTLayer.perm2mat(None, indices), before(None, indices))
+    assert BOFTLayer.perm2mat is before
+
+
+def test_one_layer_of_each_kind_tells_whether_all_merge(monkeypatch):
+    tried = []
+    monkeypatch.setattr(peft_tuner, "_merges", lambda before, after: tried.append(type(before)) or True)
+    injection = inject("llama", "lora")
+    assert injection.mergeable
+    assert len(tried) == len({tuple(layer.weight.shape) for layer in layers("llama").values()}) == 4
+
+
+def test_a_deep_copy_can_be_ejected_alone():
+    injection = randomise(inject("llama", "lora"))
+    moved, twin = logits(injection.model), copy.deepcopy(injection)
+    ejected = twin.eject().model
+    assert vars(ejected).keys() == vars(tiny("llama")).keys()
+    assert torch.equal(logits(ejected), logits(tiny("llama")))
+    assert torch.equal(logits(injection.model), moved)
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_of_the_backbone_are_trained_saved_merged_and_put_back(bias, tmp_path):
     model = tiny("bert")
@@ -556,6 +616,9 @@ def test_a_disabled_tuner_follows_the_model_into_training_and_back():
         ("llama", "unilora", {"target_modules": ["up_proj"]}),
         ("llama", "ia3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
         ("llama", "ln_tuning", {"target_modules": ["norm"]}),
+        ("bert", "lora", {"target_modules": ["query"], "lora_bias": True, "task_type": TaskType.SEQ_CLS}),
+        ("bert", "lora", {"target_modules": ["query"], "bias": "lora_only", "task_type": TaskType.SEQ_CLS}),
+        ("llama", "lora", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}),
         ("bert", "loha", {"target_modules": ["query"], "task_type": TaskType.SEQ_CLS}),
         ("gpt2", "waveft", {"target_modules": ["c_fc"], "n_frequency": 9, "fan_in_fan_out": True}),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import EntryPoint
 
 import pytest
 import transformers
@@ -101,7 +102,7 @@ REFUSED = {
     "an unknown option": (["FOLDER", "--strategy", "lora", "--set", "rnk=3"], "no option rnk", "'rank'?"),
     "an option without a strategy": (["FOLDER", "--set", "rank=3"], "--set without a strategy", "--strategy lora"),
     "a family without a member": (["FOLDER", "--strategy", "peft"], "'peft' is a family", "peft/NAME"),
-    "a strategy that does not fit": (["FOLDER", "--strategy", "bitfit"], "no bias in the blocks", "use norm"),
+    "a strategy that does not fit": (["FOLDER", "--strategy", "bitfit"], "no bias in", "use norm"),
     "an unknown task": (["FOLDER", "--task", "poetry"], "no task named 'poetry'", "classification, chat"),
 }
 
@@ -142,3 +143,19 @@ def test_seventy_billion_parameters_take_less_than_a_gigabyte(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "70,553,706,496 parameters stored as bfloat16, 141.1 GB" in done.stdout
     assert int(done.stderr.split("peak")[1]) < 1_000_000  # KiB
+
+
+def test_strategies_lists_a_plugin_that_does_not_work_with_its_reason(command, monkeypatch):
+    entries = [
+        EntryPoint("broken", "json:dumps", registry.GROUP),
+        EntryPoint("lora", "lightsft_adapters.lora:LoRA", registry.GROUP),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+    registry._entries.cache_clear()
+    try:
+        ended = command("strategies")
+    finally:
+        monkeypatch.undo()
+        registry._entries.cache_clear()
+    assert ended.code == 0, ended.error
+    assert ended.out.startswith("broken     the strategy 'broken' of json:dumps is no strategy\nlora ")
