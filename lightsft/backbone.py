@@ -13,13 +13,22 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from lightsft.anatomy import Anatomy, find_blocks, head_parameters, read_anatomy
+from lightsft.anatomy import Anatomy, find_blocks, head_parameters, is_linear, read_anatomy
 from lightsft.device import choose_device, choose_dtype
 from lightsft.dry_run import candidate_inputs, find_moving_buffers, tiny_inputs
 from lightsft.errors import BackboneError
 from lightsft.meta import weightless
+from lightsft.quantization import (
+    Quantization,
+    dequantized,
+    describe,
+    keep_codes,
+    plain_copy,
+    quantizable,
+    quantized_layers,
+)
 from lightsft.quiet import quiet
 from lightsft.trace import Trace, meta_copy, trace
 
@@ -59,6 +68,7 @@ class Backbone:
                 expected="a transformers PreTrainedModel, or use Backbone.load(path_or_id, task=...)",
                 todo="unwrap it first, for example `model.get_base_model()` for a PEFT model",
             )
+        keep_codes(model)
         self.model = model
         self.tokenizer: Any = tokenizer
         self.task = task
@@ -81,6 +91,8 @@ class Backbone:
         labels: Sequence[str] | None = None,
         dtype: str | torch.dtype = "auto",
         weight_dtype: str | torch.dtype | None = None,
+        quantization: str | None = None,
+        double_quantization: bool = False,
         device: str = "auto",
         seed: int = 0,
     ) -> Backbone:
@@ -119,6 +131,11 @@ class Backbone:
             fresh=[name for name in fresh if name in dict(model.named_parameters())],
             compute_dtype=compute,
         )
+
+    @cached_property
+    def quantization(self) -> str | None:
+        """How the model is quantized ("nf4", "int8", ...), or None."""
+        return describe(self.model)
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -187,10 +204,24 @@ class Backbone:
     def _traced(self, inputs: Mapping[str, Any], blocks: tuple[str, ...]) -> Trace:
         """The trace, on a copy without weights where a pass through them takes long and they do not decide anything."""
         if self.is_large:
-            light = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in inputs.items()}
             with contextlib.suppress(Exception), weightless():  # control flow may depend on what weights hold
-                return trace(meta_copy(self.model), light, blocks)
-        return trace(self.model, inputs, blocks)
+                return trace(meta_copy(self.model), _on_cpu(inputs), blocks)
+        with self.watchable(inputs) as (model, given):
+            return trace(model, given, blocks)
+
+    @contextlib.contextmanager
+    def watchable(self, inputs: Mapping[str, Any]) -> Iterator[tuple[PreTrainedModel, Mapping[str, Any]]]:
+        """A model to watch a forward pass of, and its inputs: this one; of a quantized one the plain one it stands for.
+
+        Codes have no gradient, and kernels hide what they do. A large one's plain copy has no weights.
+        """
+        if self.quantization is None:
+            yield self.model, inputs
+        elif self.is_large:
+            with weightless():
+                yield meta_copy(self.model), _on_cpu(inputs)
+        else:
+            yield plain_copy(self.model), inputs
 
     def module(self, name: str) -> nn.Module:
         """The module with this dotted name."""
@@ -205,20 +236,22 @@ class Backbone:
         """
         if self.model.device.type == "meta":
             return {}
-        names = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if parameter.ndim >= 2
-            and parameter.is_floating_point()
-            and name not in self.head
-            and "lightsft" not in name
-        ]
+        matrices = dict(self._matrices())
+        names = [name for name in matrices if name not in self.head and "lightsft" not in name]
         step = max(1, len(names) // SKETCH_TENSORS)
-        return {name: _some_values(self.model.get_parameter(name)) for name in names[::step][:SKETCH_TENSORS]}
+        return {name: _some_values(matrices[name]) for name in names[::step][:SKETCH_TENSORS]}
+
+    def _matrices(self) -> Iterator[tuple[str, Tensor | nn.Module]]:
+        """The matrices in the model's order: floating-point parameters, and the quantized layers that hold others."""
+        quantized = {f"{name}.weight": layer for name, layer in quantized_layers(self.model).items()}
+        for name, parameter in self.model.named_parameters():
+            if name not in quantized and parameter.ndim >= 2 and parameter.is_floating_point():
+                yield name, parameter
+        yield from quantized.items()
 
     def differences(self, sketch: dict[str, list[float]]) -> list[str]:
         """How this backbone differs from the one that `sketch` was taken of; empty when it is the same."""
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self._matrices())
         missing = [f"no weight named {name}" for name in sketch if name not in parameters]
         return missing + [
             f"{name} holds other values"
@@ -228,15 +261,41 @@ class Backbone:
         ]
 
 
+def _on_cpu(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
 def same_values(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal to 16-bit precision: either may have been loaded in half precision."""
     return one.shape == other.shape and torch.allclose(one.float().cpu(), other.float().cpu(), rtol=2**-6, atol=1e-4)
 
 
-def _some_values(parameter: nn.Parameter) -> list[float]:
-    flat = parameter.detach().flatten()
+def _some_values(held: Tensor | nn.Module) -> list[float]:
+    """Of a matrix, or of the one that a quantized layer stands for."""
+    flat = (dequantized(held) if isinstance(held, nn.Module) else held.detach()).flatten()
     picked = flat[:: max(1, flat.numel() // SKETCH_VALUES)][:SKETCH_VALUES]
     return [float(value) for value in picked.float().cpu()]
+
+
+def quantized_loading(
+    folder: str, maker: Any, how: Quantization, compute: torch.dtype | None, place: torch.device, labels: int | None
+) -> dict[str, Any]:
+    """Options of `from_pretrained` that quantize layer by layer while loading; what stays is found on a model without
+    weights."""
+    config = AutoConfig.from_pretrained(folder, **({} if labels is None else {"num_labels": labels}))
+    if getattr(config, "quantization_config", None) is not None:
+        raise BackboneError(
+            f"{folder} is quantized already ({config.quantization_config['quant_method']})",
+            expected=f"a checkpoint in floating point to quantize to {how}",
+            todo="leave the quantization out, or load the model that it was made of",
+        )
+    with weightless():
+        model = maker.from_config(config) if hasattr(maker, "from_config") else maker(config)
+        chosen = set(quantizable(model, Backbone(model).anatomy))
+    kept = [name for name, module in model.named_modules() if is_linear(module) and name not in chosen]
+    logger.info("%s: %d linear layers; kept as they are: %s", how, len(chosen), ", ".join(kept) or "none")
+    dtype = compute or getattr(config, "dtype", None) or torch.float32
+    return {"quantization_config": how.settings(dtype, kept), "device_map": {"": place}}
 
 
 def locate(path_or_id: str | Path) -> tuple[str, str | None]:

@@ -240,6 +240,10 @@ class TrainConfig(BaseModel):
     """Recompute activations in the backward pass: less memory, more time."""
     early_stopping: Count | None = None
     """Stop after so many epochs without a better validation score."""
+    quantization: Literal["int8", "nf4", "fp4"] | None = None
+    """Store the blocks' linear layers in 8 or 4 bits: int8, nf4 or fp4."""
+    double_quantization: bool = False
+    """Quantize the scales of nf4 or fp4 too."""
     dtype: str = "auto"
     """Type to compute in: auto, float32, bfloat16 or float16."""
     device: str = "auto"

@@ -75,11 +75,12 @@ class Dataflow:
 
 def read_dataflow(backbone: Backbone) -> Dataflow:
     """Run the backbone's example once; the model is left as it was. Empty where no example input runs."""
-    model, example, seen = backbone.model, backbone.example, backbone.anatomy.trace
+    example, seen = backbone.example, backbone.anatomy.trace
     if example is None or seen is None:
         return Dataflow((), ())
-    watcher = _Watcher(model, backbone.anatomy, seen.writers)
     with ExitStack() as stack:
+        model, given = stack.enter_context(backbone.watchable(example))
+        watcher = _Watcher(model, backbone.anatomy, seen.writers)
         stack.enter_context(evaluating(model))
         stack.enter_context(visible_attention(model))
         stack.enter_context(_zero_vectors_filled(model))
@@ -90,7 +91,7 @@ def read_dataflow(backbone: Backbone) -> Dataflow:
         for handle in watcher.attach():
             stack.callback(handle.remove)
         with torch.enable_grad(), watcher:
-            model(**example)
+            model(**given)
     return watcher.dataflow()
 
 

@@ -41,6 +41,7 @@ from lightsft.primitives import (
     WeightDelta,
 )
 from lightsft.primitives.attention_prefix import AttentionCall
+from lightsft.quantization import make_model_plain, matrix_size, quantized_layers
 
 logger = logging.getLogger(__name__)
 LITTLE_COVERAGE = 0.9
@@ -203,10 +204,11 @@ class Injection:
         anatomy = self.backbone.anatomy
         added = {id(parameter) for parameter in self._added()}
         tables = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
-        for name, parameter in self.model.named_parameters():
-            is_matrix = parameter.ndim >= 2 and id(parameter) not in added | tables and "lightsft" not in name
-            if is_matrix and anatomy.in_blocks(name) and name not in anatomy.head:
-                yield name, parameter.numel()
+        quantized = {f"{name}.weight": matrix_size(layer) for name, layer in quantized_layers(self.model).items()}
+        listed = {n: p.numel() for n, p in self.model.named_parameters() if p.ndim >= 2 and id(p) not in added | tables}
+        for name, size in {**listed, **quantized}.items():
+            if "lightsft" not in name and anatomy.in_blocks(name) and name not in anatomy.head:
+                yield name, size
 
     def _added(self) -> Iterator[nn.Parameter]:
         for primitive in self.primitives:
@@ -265,9 +267,11 @@ class Injection:
             primitive.remove()
         return self._release()
 
-    def merge(self) -> PreTrainedModel:
+    def merge(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Fold everything into the backbone's weights (fp32, one rounding): a plain transformers model.
 
+        A quantized backbone becomes a plain one of type `dtype` (by default that of its other weights): what was
+        trained is W + delta with the dequantized W, and another rounding to codes would lose most of the delta.
         Raises MergeError, leaving all in place, if some primitive is not linear.
         """
         if not self.mergeable:
@@ -278,9 +282,14 @@ class Injection:
                 todo="ship the saved adapter folder and load it with lightsft.load, or train one that merges",
             )
         self._enable(True)
+        quantized = quantized_layers(self.model)
         for primitive in self.primitives:
             primitive.merge()
         self._release()
+        if quantized:
+            for layer in quantized.values():  # those that carried something are plain already, in fp32
+                layer.to(dtype or self.backbone.stored_dtype)
+            make_model_plain(self.model, dtype or self.backbone.stored_dtype)
         return self.model
 
     def _release(self) -> Backbone:

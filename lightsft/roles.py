@@ -181,9 +181,10 @@ def find_biases(backbone: Backbone) -> list[Bias]:
     anatomy, example = backbone.anatomy, backbone.example
     if example is None or anatomy.trace is None:
         return []
-    watcher = _Additions(backbone.model, anatomy)
-    with evaluating(backbone.model), visible_attention(backbone.model), torch.no_grad(), watcher:
-        backbone.model(**example)
+    with backbone.watchable(example) as (model, given):
+        watcher = _Additions(model, anatomy)
+        with evaluating(model), visible_attention(model), torch.no_grad(), watcher:
+            model(**given)
     norms = {bias for norm in find_norms(backbone) for bias in norm.biases}
     return [
         Bias(name, _part(name, norms, anatomy), watcher.found[name])

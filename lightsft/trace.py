@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from lightsft.dry_run import evaluating, predictions, tensors_in, training_without_chance, visible_attention
 from lightsft.errors import InjectionError
+from lightsft.quantization import plain_layer, quantized_layers
 
 PRODUCTS = ("linear", "matmul", "mm", "einsum", "conv", "tensordot", "multi_head_attention_forward")
 ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
@@ -112,8 +113,12 @@ def in_steps(mode: TorchFunctionMode, func: Any, args: tuple[Any, ...], kwargs: 
 
 
 def meta_copy(model: ModelType) -> ModelType:
-    """The same modules on the meta device: no weight is copied, and a pass through them computes shapes only."""
-    memo: dict[int, Any] = {}
+    """The same modules on the meta device: no weight is copied, and a pass through them computes shapes only.
+
+    A quantized layer becomes the plain one that it stands for.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    memo: dict[int, Any] = {id(layer): plain_layer(layer, dtype) for layer in quantized_layers(model).values()}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         is_weight = isinstance(tensor, nn.Parameter)

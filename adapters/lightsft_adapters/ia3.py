@@ -26,6 +26,7 @@ from lightsft.errors import ArtifactError, InjectionError, TargetError
 from lightsft.files import write_json
 from lightsft.primitives import Part, PlacedPart, PlacedSide, Side, WeightDelta
 from lightsft.primitives.base import drop_hook
+from lightsft.quantization import unquantize
 from lightsft.roles import find_biases
 from lightsft.targets import resolve_layers
 from lightsft_adapters.checks import one_of
@@ -321,6 +322,7 @@ class PlacedInputScale(PlacedPart):
     @torch.no_grad()
     def merge(self) -> None:
         """W <- round(W l), then remove the scale."""
+        unquantize(self.served)
         scale, weight = self.part, self.served.weight
         assert isinstance(scale, InputScale)
         assert isinstance(weight, Tensor)

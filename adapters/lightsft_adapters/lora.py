@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightsft import Backbone, Injection, injecting
-from lightsft.anatomy import Weight
+from lightsft.anatomy import Weight, linear_shape
 from lightsft.errors import ConfigurationError
 from lightsft.primitives import Side, WeightDelta
+from lightsft.quantization import dequantized, is_quantized
 from lightsft.seeding import generator
 from lightsft.targets import by_pattern, select_parameters, select_weights
 from lightsft_adapters.checks import above, at_least, one_of, probability
@@ -170,7 +171,7 @@ class LoRASide(Side):
         lora_plus_ratio: float = 1.0,
     ) -> None:
         super().__init__()
-        outputs, inputs = matrix(served).shape
+        outputs, inputs = linear_shape(served)
         self.scaling, self.lora_plus_ratio = scaling, lora_plus_ratio
         self.lora_A = nn.Linear(inputs, rank, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(rank, outputs, bias=False, dtype=torch.float32)
@@ -413,7 +414,9 @@ class LoRAEmbeddingSide(Side):
 
 
 def matrix(served: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out, in); Conv1D stores the transpose."""
+    """The weight of a linear layer as (out, in); Conv1D stores the transpose, a quantized layer codes."""
+    if is_quantized(served):
+        return dequantized(served)
     weight = served.weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if isinstance(served, Conv1D) else weight.detach()

@@ -11,6 +11,7 @@ import torch
 from lightsft import artifact
 from lightsft.backbone import Backbone
 from lightsft.data.reading import Row
+from lightsft.device import choose_dtype
 from lightsft.dry_run import text_config
 from lightsft.errors import MergeError
 from lightsft.export.certificate import CERTIFICATE, Batch, certify, logits_of, plain_logits, provenance
@@ -61,13 +62,13 @@ def merge_folder(
     if task is not None:
         scores = {"metric": task.metric, "examples": len(rows)}
         scores["score_before"] = task.metrics(outcomes_of(backbone, task, rows, 64))[task.metric]
-    model = injection.merge()
+    model = injection.merge(None if dtype == "checkpoint" else choose_dtype(dtype, backbone.model.device))
     with quiet(), new_folder(out) as folder:
         model.save_pretrained(folder)
         _keep_length(backbone, adapter)
         backbone.tokenizer.save_pretrained(folder)
         reloaded_logits = plain_logits(folder, name, compared)
-        half = backbone.stored_dtype != torch.float32
+        half = model.dtype != torch.float32
         certificate = certify(
             compared,
             base=plain,

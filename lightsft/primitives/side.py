@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightsft.dry_run import tensors_in
 from lightsft.primitives.base import Part, PlacedPart, drop_hook, free_name
+from lightsft.quantization import unquantize
 
 SIDE, TAP = "lightsft_side", "lightsft_tap"
 
@@ -81,7 +82,8 @@ class PlacedSide(PlacedPart):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W <- round(what the side says, in fp32), then remove the side."""
+        """W <- round(what the side says, in fp32), then remove the side; a quantized layer becomes plain, in fp32."""
+        unquantize(self.served)
         for name, value in self.side.merged(self.served).items():
             parameter = self.served.get_parameter(name)
             parameter.copy_(value.to(parameter.dtype))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightsft.primitives.base import Primitive
+from lightsft.quantization import is_plain
 
 
 class Unfreezing(Primitive):
@@ -25,7 +26,7 @@ class Unfreezing(Primitive):
         self._hidden: dict[str, Tensor] | None = None  # the trained values, while the originals are in place
         parameters = dict(model.named_parameters())
         owners = _owners(model, {id(parameters[name]) for name in names})
-        together = {id(p) for module in owners.values() for p in module.parameters(recurse=False)}
+        together = {id(p) for module in owners.values() for p in module.parameters(recurse=False) if is_plain(p)}
         self.owners = tuple(owners)
         self.names = tuple(sorted(names))
         self.originals = {name: p.detach().clone() for name, p in parameters.items() if id(p) in together}
@@ -40,7 +41,7 @@ class Unfreezing(Primitive):
     def _cast_to_masters(self, module: nn.Module, stays_wide: set[int]) -> None:
         """Hook a module whose parameters are about to become fp32, if they are narrower."""
         own = list(module.parameters(recurse=False))
-        narrow = [p.dtype for p in own if p.dtype != torch.float32]
+        narrow = [p.dtype for p in own if is_plain(p) and p.dtype != torch.float32]
         if narrow:
             module.register_forward_pre_hook(_cast_up, with_kwargs=True)
             if not any(id(p) in stays_wide for p in own):
@@ -124,7 +125,7 @@ def _owners(model: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
         for path, module in model.named_modules()
         if any(id(parameter) in chosen for parameter in module.parameters(recurse=False))
     }
-    together = {id(parameter) for module in owners.values() for parameter in module.parameters(recurse=False)}
+    together = {id(p) for module in owners.values() for p in module.parameters(recurse=False) if is_plain(p)}
     return owners if together <= chosen else _owners(model, together | chosen)
 
 

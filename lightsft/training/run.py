@@ -124,7 +124,9 @@ def load_backbone(config: TrainConfig, prepared: Prepared, strategy: Strategy | 
         task=config.task,
         labels=getattr(prepared.task, "labels", None),
         dtype=choose_dtype(config.dtype, device),
-        weight_dtype=torch.float32 if getattr(strategy, "trains_weights", False) else None,
+        weight_dtype=torch.float32 if getattr(strategy, "trains_weights", False) and not config.quantization else None,
+        quantization=config.quantization,
+        double_quantization=config.double_quantization,
         device=str(device),
         seed=seed,
     )

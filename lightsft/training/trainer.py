@@ -8,7 +8,7 @@ schedulers, accelerate and resuming work as in transformers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +83,17 @@ class Trainer(transformers.Trainer):
             report_to="none",
         )
         args.remove_unused_columns = False
-        super().__init__(
-            model=injection.model,
-            args=args,
-            train_dataset=self._encoded(train),
-            eval_dataset=_by_length(self._encoded(validation)),
-            data_collator=lambda features: task.collate(features, self.tokenizer),
-            compute_loss_func=task.loss,
-            compute_metrics=lambda prediction: task.metrics(prediction.predictions),
-            **options,
-        )
+        with _passing_for_trainable(injection.model):
+            super().__init__(
+                model=injection.model,
+                args=args,
+                train_dataset=self._encoded(train),
+                eval_dataset=_by_length(self._encoded(validation)),
+                data_collator=lambda features: task.collate(features, self.tokenizer),
+                compute_loss_func=task.loss,
+                compute_metrics=lambda prediction: task.metrics(prediction.predictions),
+                **options,
+            )
 
     def _encoded(self, rows: Sequence[Row] | None) -> Encoded | None:
         if rows is None:
@@ -178,6 +179,20 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+@contextlib.contextmanager
+def _passing_for_trainable(model: Any) -> Iterator[None]:
+    """transformers refuses to train a quantized model unless PEFT's adapters are on it; ours are."""
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    before = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
 
 
 def _by_length(dataset: Encoded | None) -> Encoded | None:
