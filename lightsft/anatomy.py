@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -126,11 +126,12 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer, however its weight is stored."""
-    if isinstance(layer, Conv1D):
-        inputs, outputs = layer.weight.shape
-        return int(outputs), int(inputs)
-    assert isinstance(layer, nn.Linear)
-    return layer.out_features, layer.in_features
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    outputs, inputs = weight.T.shape if isinstance(layer, Conv1D) else weight.shape
+    return int(outputs), int(inputs)
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from lightsft.quantization import (
     keep_codes,
     plain_copy,
     quantizable,
+    quantize,
     quantized_layers,
 )
 from lightsft.quiet import quiet
@@ -100,7 +101,9 @@ class Backbone:
 
         `labels` names the classes in order and sizes the head. `dtype` is what it computes in ("auto": what is fast
         and safe on the device), `weight_dtype` what its weights are kept in (default: the same; "checkpoint": as
-        stored). A head the checkpoint does not hold is initialised from `seed`. A model of `kind` needs no tokenizer.
+        stored). `quantization` ("int8", "nf4", "fp4") stores the blocks' linear layers in 8 or 4 bits while they are
+        loaded, `double_quantization` the scales of 4-bit blocks too. A head the checkpoint does not hold is initialised
+        from `seed`. A model of `kind` needs no tokenizer.
         Raises BackboneError when nothing can be loaded from there.
         """
         place = choose_device(device)
@@ -116,15 +119,25 @@ class Backbone:
             options["id2label"] = dict(enumerate(labels))
             options["label2id"] = {label: index for index, label in enumerate(labels)}
             options["ignore_mismatched_sizes"] = True
+        how = Quantization(quantization, double_quantization) if quantization is not None else None
+        maker = kind or auto_class(task)
         with loading(str(path_or_id)), _seeded(seed):
             tokenizer = _tokenizer(folder, gguf, required=kind is None)
-            model, info = (kind or auto_class(task)).from_pretrained(folder, output_loading_info=True, **options)
+            if how is not None and gguf is None:
+                options |= quantized_loading(
+                    folder, maker, how, compute, place, None if labels is None else len(labels)
+                )
+            model, info = maker.from_pretrained(folder, output_loading_info=True, **options)
         fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
         _give_padding(model, tokenizer)
         if compute is None:
             compute = model.dtype
+        if describe(model) is None:
+            model = model.to(place)
+            if how is not None:  # what cannot be quantized while it is loaded
+                quantize(model, quantizable(model, cls(model, fresh=fresh).anatomy), how, compute)
         return cls(
-            model.to(place),
+            model,
             tokenizer=tokenizer,
             task=task,
             source=str(path_or_id),

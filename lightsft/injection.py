@@ -287,9 +287,7 @@ class Injection:
             primitive.merge()
         self._release()
         if quantized:
-            for layer in quantized.values():  # those that carried something are plain already, in fp32
-                layer.to(dtype or self.backbone.stored_dtype)
-            make_model_plain(self.model, dtype or self.backbone.stored_dtype)
+            make_model_plain(self.model, quantized.values(), dtype or self.backbone.stored_dtype)
         return self.model
 
     def _release(self) -> Backbone:

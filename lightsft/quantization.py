@@ -230,7 +230,7 @@ def _filled(plain: Any, layer: nn.Module, dtype: torch.dtype = torch.float32) ->
     weight, bias = dequantized(layer).to(dtype), getattr(layer, "bias", None)
     plain.weight = nn.Parameter(weight.T.contiguous() if isinstance(plain, Conv1D) else weight, requires_grad=False)
     if isinstance(bias, Tensor):
-        plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
     return plain.train(layer.training)
 
 
@@ -278,10 +278,12 @@ def _become(layer: nn.Module, kind: type, attributes: Mapping[str, Any]) -> None
     own.update({**attributes, **kept})
 
 
-def make_model_plain(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Every layer plain, and no word of a quantization in model or configuration: any tool loads what it saves."""
-    for layer in quantized_layers(model).values():
-        make_plain(layer, dtype)
+def make_model_plain(model: PreTrainedModel, layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Round `layers` (all that are or were quantized) to plain ones of type `dtype`, and forget how they were kept."""
+    for layer in layers:
+        if is_quantized(layer):
+            make_plain(layer, dtype)
+        layer.to(dtype).requires_grad_(True)
     forget_quantization(model)
 
 
