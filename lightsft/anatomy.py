@@ -7,8 +7,9 @@ and convolutions are known by their class, and an attention by the word in its c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -58,7 +59,7 @@ class Anatomy:
     idle: frozenset[str] = field(repr=False)  # parameters that no output depends on
     trace: Trace | None = field(repr=False)
 
-    @property
+    @cached_property
     def linear(self) -> tuple[str, ...]:
         """The blocks' linear maps, which strategies serve by default: layers, convolutions, experts; not routers."""
         return tuple(
@@ -73,19 +74,24 @@ class Anatomy:
 
     def block_name_of(self, name: str) -> str | None:
         """The block that holds the module or parameter `name`."""
-        return next((block for stack in self.blocks for block in stack if is_within(name, block)), None)
+        return enclosing(name, self._index_of_block)
 
     def block_of(self, name: str) -> int | None:
         """The index, counted within its stack, of the block that holds the module or parameter `name`."""
-        for stack in self.blocks:
-            for index, block in enumerate(stack):
-                if is_within(name, block):
-                    return index
-        return None
+        block = self.block_name_of(name)
+        return None if block is None else self._index_of_block[block]
 
     def attention_of(self, name: str) -> str | None:
         """The attention that holds the module `name`, or None."""
-        return next((attention for attention in self.attention if is_within(name, attention)), None)
+        return enclosing(name, self._attention)
+
+    @cached_property
+    def _index_of_block(self) -> dict[str, int]:
+        return {block: index for stack in self.blocks for index, block in enumerate(stack)}
+
+    @cached_property
+    def _attention(self) -> frozenset[str]:
+        return frozenset(self.attention)
 
     @property
     def depth(self) -> int:
@@ -117,6 +123,12 @@ def read_anatomy(model: PreTrainedModel, fresh: frozenset[str] = frozenset(), se
 def is_within(name: str, ancestor: str) -> bool:
     """Whether the dotted name lies at or under `ancestor`."""
     return ancestor == "" or name == ancestor or name.startswith(ancestor + ".")
+
+
+def enclosing(name: str, among: Container[str]) -> str | None:
+    """The outermost of the dotted names `among` that lies at or above `name`."""
+    parts = name.split(".")
+    return next((path for end in range(1, len(parts) + 1) if (path := ".".join(parts[:end])) in among), None)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -293,11 +305,11 @@ def _idle(model: PreTrainedModel, seen: Trace | None) -> frozenset[str]:
     """Parameters that nothing depends on, but for experts that the few tokens of the trace did not reach."""
     if seen is None:
         return frozenset()
-    called = frozenset(seen.calls)
+    called, read = frozenset(seen.calls), seen.used | seen.multiplied.keys()
     return frozenset(
         name
         for name, _ in model.named_parameters()
-        if name not in seen.used | seen.multiplied.keys()
+        if name not in read
         and name.rpartition(".")[0] not in called
         and not may_be_routed_to(model, name.rpartition(".")[0], called)
     )

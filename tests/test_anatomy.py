@@ -3,7 +3,7 @@ import transformers
 from torch import nn
 
 from lightsft import Backbone
-from lightsft.anatomy import find_blocks, is_within
+from lightsft.anatomy import enclosing, find_blocks, is_within
 from lightsft.sublayers import find_sublayers
 from lightsft_adapters import LoRA
 from tests.tiny_models import tiny
@@ -78,6 +78,19 @@ def test_is_within_compares_whole_parts():
     assert is_within("layers.1.q", "layers.1")
     assert not is_within("layers.10.q", "layers.1")
     assert is_within("anything", "")
+
+
+def test_enclosing_is_the_outermost_of_the_names_and_compares_whole_parts():
+    among = {"model.layers.1", "model.layers.1.mlp"}
+    assert enclosing("model.layers.1.mlp.up_proj", among) == "model.layers.1"
+    assert enclosing("model.layers.1", among) == "model.layers.1"
+    assert enclosing("model.layers.10.mlp", among) is None
+    assert enclosing("model", among) is None
+
+
+def test_the_linear_maps_are_listed_once():
+    anatomy = Backbone(tiny("llama")).anatomy
+    assert anatomy.linear is anatomy.linear
 
 
 def test_a_list_of_bare_linear_layers_is_no_stack():

@@ -32,7 +32,7 @@ from lightsft.files import write_file, write_json
 from lightsft.seeding import generator
 from lightsft_adapters.peft_folder import TASK_TYPES, any_tied, whole_modules
 from lightsft_adapters.peft_options import fill, find_targets, unused, written_targets
-from lightsft_adapters.peft_tuner import UNKNOWN_STEPS, AllocatesRanks, PlacedTuner, peft_key
+from lightsft_adapters.peft_tuner import UNKNOWN_STEPS, PlacedTuner, peft_key
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,8 @@ class Peft:
 
     def callbacks(self, injection: Injection) -> list[Any]:
         """What the tuner does between steps of the training, for transformers' trainers."""
+        from lightsft_adapters.peft_allocation import AllocatesRanks
+
         placed = placed_tuner(injection)
         return [AllocatesRanks(placed)] if hasattr(type(placed.tuner), "update_and_allocate") else []
 

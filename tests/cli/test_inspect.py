@@ -159,3 +159,14 @@ def test_strategies_lists_a_plugin_that_does_not_work_with_its_reason(command, m
         registry._entries.cache_clear()
     assert ended.code == 0, ended.error
     assert ended.out.startswith("broken     the strategy 'broken' of json:dumps is no strategy\nlora ")
+
+
+def test_what_only_a_training_needs_is_not_imported(folder):
+    code = f"""
+import sys
+from lightsft.inspection import inspect
+inspect({str(folder)!r})
+print(sorted({{"peft", "bitsandbytes", "transformers.trainer", "transformers.trainer_callback"}} & set(sys.modules)))
+"""
+    done = python("-c", code)
+    assert done.stdout.strip() == "[]", done.stderr
