@@ -129,8 +129,8 @@ def _restored(strategy: Strategy, backbone: Backbone, seed: int = 0) -> Injectio
         backbone.restoring = False
 
 
-def load_base(directory: Path, base: str | None = None, **options: Any) -> Backbone:
-    """The backbone that a folder was trained on, from `base` or from where it was then."""
+def load_base(directory: Path, base: str | None = None, *, as_quantized: bool = True, **options: Any) -> Backbone:
+    """The backbone that a folder was trained on, from `base` or from where it was then, quantized as it was then."""
     settings = read_settings(directory) or {}
     peft = read_peft_settings(directory) or {}
     source = base or settings.get("base", {}).get("source") or peft.get("base_model_name_or_path")
@@ -141,8 +141,8 @@ def load_base(directory: Path, base: str | None = None, **options: Any) -> Backb
             todo="name it: lightsft.load(directory, backbone), or --base MODEL",
         )
     try:
-        chosen = {**_what_to_load(directory, settings, peft), **options, **_as_quantized_then(settings)}
-        return Backbone.load(source, **chosen)
+        then = _as_quantized_then(settings) if as_quantized else {}
+        return Backbone.load(source, **{**_what_to_load(directory, settings, peft), **options, **then})
     except BackboneError as error:
         if base is not None:
             raise

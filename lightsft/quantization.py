@@ -150,6 +150,15 @@ def _describe_layer(layer: nn.Module) -> str:
 # ---- what the codes mean
 
 
+def matrix(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out, in), detached; Conv1D stores the transpose, a quantized layer codes."""
+    if is_quantized(layer):
+        return dequantized(layer)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if isinstance(layer, Conv1D) else weight.detach()
+
+
 @torch.no_grad()
 def dequantized(layer: nn.Module) -> Tensor:
     """W (out, in) in fp32: exactly what the layer multiplies with in training."""
@@ -223,6 +232,11 @@ def plain_copy(model: ModelType) -> ModelType:
     """A copy with plain layers in place of the quantized ones."""
     layers = quantized_layers(model).values()
     return copy.deepcopy(model, {id(layer): _filled(plain_layer(layer), layer) for layer in layers})
+
+
+def plain_twin(layer: nn.Module) -> nn.Module:
+    """Another layer, plain and in fp32, with the weight of a quantized one; any other layer itself."""
+    return _filled(plain_layer(layer), layer) if is_quantized(layer) else layer
 
 
 def _filled(plain: Any, layer: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
@@ -301,40 +315,40 @@ def forget_quantization(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def quantize(model: PreTrainedModel, names: Iterable[str], how: Quantization, compute_dtype: torch.dtype) -> None:
     """Quantize these linear layers of a model in memory, one after the other, as transformers does while loading."""
-    chosen = list(names)
-    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)}
-    settings = how.settings(compute_dtype, kept=linear - set(chosen))
-    for name in chosen:
-        layer = model.get_submodule(name)
-        model.set_submodule(name, _quantized_layer(layer, how, compute_dtype))
-    _note_quantization(model, settings)
-    keep_codes(model)
+    for name in list(names):
+        model.set_submodule(name, quantized_layer(model.get_submodule(name), how, compute_dtype))
+    mark_quantized(model, how, compute_dtype)
 
 
-def _note_quantization(model: Any, settings: Any) -> None:
-    """What transformers notes on a model that it has quantized, so that it saves and loads as one."""
+def mark_quantized(model: Any, how: Quantization, compute_dtype: torch.dtype) -> None:
+    """Note on a model with quantized layers what transformers would have noted, so that it saves and loads as one."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    plain = [name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
+    settings = how.settings(compute_dtype, kept=plain)
     model.config.quantization_config = settings
     model.hf_quantizer = AutoHfQuantizer.from_config(settings)
     model.quantization_method = settings.quant_method
     model.is_quantized = True
     setattr(model, "is_loaded_in_8bit" if settings.load_in_8bit else "is_loaded_in_4bit", True)
+    keep_codes(model)
 
 
-def _quantized_layer(layer: Any, how: Quantization, compute_dtype: torch.dtype) -> nn.Module:
+def quantized_layer(
+    layer: Any, how: Quantization, compute_dtype: torch.dtype, *, weight: Tensor | None = None
+) -> nn.Module:
+    """A plain layer's weight, or another `weight` (out, in), in codes; the bias is the layer's own."""
     bnb = _bitsandbytes()
-    is_transposed = isinstance(layer, Conv1D)
-    weight = layer.weight.detach().T.contiguous() if is_transposed else layer.weight.detach()
+    weight = (matrix(layer) if weight is None else weight).contiguous()
     outputs, inputs = weight.shape
-    has_bias = layer.bias is not None
     with torch.device("meta"):
         if how.scheme == "int8":
-            made = bnb.nn.Linear8bitLt(inputs, outputs, has_bias, has_fp16_weights=False, threshold=6.0)
+            made = bnb.nn.Linear8bitLt(inputs, outputs, layer.bias is not None, has_fp16_weights=False, threshold=6.0)
         else:
-            made = bnb.nn.Linear4bit(inputs, outputs, has_bias, compute_dtype, how.double, how.scheme)
-    options = dict(made.weight.__dict__)
-    options.pop("SCB", None)
+            made = bnb.nn.Linear4bit(
+                inputs, outputs, layer.bias is not None, compute_dtype, how.double, quant_type=how.scheme
+            )
+    options = {name: value for name, value in made.weight.__dict__.items() if name != "SCB"}
     kind = bnb.nn.Int8Params if how.scheme == "int8" else bnb.nn.Params4bit
     made.weight = kind(weight.cpu(), requires_grad=False, **options).to(weight.device)
     made.bias = layer.bias

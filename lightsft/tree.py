@@ -14,13 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import nn
 
 from lightsft.anatomy import is_layer, is_linear, is_within
 from lightsft.backbone import Backbone
+from lightsft.dataflow import read_dataflow
 from lightsft.roles import find_norms
 from lightsft.sublayers import find_sublayers
+
+WRITES = "writes the residual stream"
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Node:
 
     `name` is relative to the node above; of equal ones it ends in the range of their numbers ("layers.0-79"), and
     `parameters` and `children` are those of one of them. Parameters that are tied to earlier ones are not counted
-    again. `shape` is (inputs, outputs) of a linear layer, else that of the weight; () where there are several.
+    again. `shape` is (inputs, outputs) of a linear layer or router, (experts, inputs, outputs) of experts in one tensor,
+    else that of the weight; () where there are several.
     """
 
     name: str
@@ -49,7 +54,7 @@ def read_tree(backbone: Backbone) -> Node:
 
 class _Reader:
     def __init__(self, backbone: Backbone) -> None:
-        self.model, self.anatomy = backbone.model, backbone.anatomy
+        self.backbone, self.model, self.anatomy = backbone, backbone.model, backbone.anatomy
         self.head = backbone.head
         self.blocks = {block for stack in self.anatomy.blocks for block in stack}
         self.norms = {norm.name for norm in find_norms(backbone)}
@@ -63,6 +68,7 @@ class _Reader:
         """The node of the module at `path`, within one of the role `inside`; it has parameters."""
         role = self.role(path, module, inside)
         children = tuple(self.children(path, module, role or inside))
+        children = _halves(children) if role == "block" else children
         own = self.own_parameters(path, module)
         if len(children) == 1 and not own and not role:  # a wrapper around one thing
             notes = (*self.notes(path, module), *children[0].notes)
@@ -74,7 +80,7 @@ class _Reader:
             role=role,
             kind=type(module).__name__,
             parameters=sum(own.values()) + sum(child.count * child.parameters for child in children),
-            shape=() if children or loose else _shape(module),
+            shape=() if children or loose else self.shape(path, module),
             notes=self.notes(path, module),
             children=inner,
         )
@@ -105,8 +111,53 @@ class _Reader:
             return
         for name, size in self.own_parameters(path, module).items():
             full = _join(path, name)
-            shape = tuple(own[name].shape)
-            yield Node(name, self.weight_role(full), "Parameter", size, shape=shape, notes=self.tied(full))
+            yield Node(name, self.weight_role(full), "Parameter", size, shape=self.flow(full), notes=self.tied(full))
+
+    # ---- shapes
+
+    def shape(self, path: str, module: nn.Module) -> tuple[int, ...]:
+        """Of the layer's weight, or the first of its parameters."""
+        first = next(iter(dict(module.named_parameters())))
+        if not is_linear(module):
+            return self.flow(_join(path, first))
+        weight = module.get_parameter("weight")
+        outputs, inputs = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
+        return inputs, outputs
+
+    def flow(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter; of a matrix that multiplies (inputs, outputs), however it is stored.
+
+        Of a router the outputs are as many as there are experts. Anything else is told by the width of what its
+        module reads, or by what its product sums over; where neither does, it is taken to be stored like a linear
+        layer's.
+        """
+        shape = tuple(self.model.get_parameter(name).shape)
+        role = self.weight_role(name)
+        if role not in ("router", "linear", "experts") or len(shape) != (3 if role == "experts" else 2):
+            return shape
+        *experts, outputs, inputs = shape
+        if self.is_transposed(name, outputs, inputs, role):
+            inputs, outputs = outputs, inputs
+        return *experts, inputs, outputs
+
+    def is_transposed(self, name: str, first: int, second: int, role: str) -> bool:
+        """Whether the first of the two sizes of a matrix is that of its inputs."""
+        if role == "router":
+            return second in self.anatomy.expert_counts and first not in self.anatomy.expert_counts
+        weight, seen = self.weights[name], self.anatomy.trace
+        if weight.name in self.summed:
+            return self.summed[weight.name] == (len(self.model.get_parameter(name).shape) - 2,)
+        calls = [seen.calls[place] for _, place in weight.places if place in seen.calls] if seen is not None else []
+        widths = {call.input_shape[-1] for call in calls if call.input_shape}
+        return first in widths and second not in widths
+
+    @cached_property
+    def summed(self) -> dict[str, tuple[int, ...]]:
+        """The dimensions that the product of a weight sums over, of those that end a feed-forward."""
+        try:
+            return {found.weight: found.summed for found in read_dataflow(self.backbone).hidden}
+        except Exception:  # whatever a model does when its graph is cut; the order of two sizes is not worth an error
+            return {}
 
     # ---- roles
 
@@ -171,9 +222,16 @@ class _Reader:
             )
         if inside != "block":
             return ""
-        matrices = {name for name in names if self.model.get_parameter(name).ndim >= 2}
+        matrices = {n for n in names if self.model.get_parameter(n).ndim >= 2 and not self.is_experts_bias(n)}
         convolves = any(is_layer(part) and not is_linear(part) for part in module.modules())
         return "mlp" if matrices and matrices <= self.weights.keys() and not convolves else "mixer" if matrices else ""
+
+    def is_experts_bias(self, name: str) -> bool:
+        """Whether it is a vector for each expert, in a module that holds their matrices."""
+        parameter, owner = self.model.get_parameter(name), name.rpartition(".")[0]
+        held = self.model.get_submodule(owner).named_parameters(recurse=False)
+        is_a_vector_each = parameter.ndim == 2 and len(parameter) in self.anatomy.expert_counts
+        return is_a_vector_each and any(self.weight_role(_join(owner, other)) == "experts" for other, _ in held)
 
     def beside(self, path: str) -> Iterator[str]:
         """The parameters of the modules beside this one."""
@@ -185,7 +243,7 @@ class _Reader:
     # ---- notes
 
     def notes(self, path: str, module: nn.Module) -> tuple[str, ...]:
-        notes = ["writes the residual stream"] if path in self.writers and path not in self.blocks else []
+        notes = [WRITES] if path in self.writers and path not in self.blocks else []
         for name, _ in module.named_parameters(recurse=False, remove_duplicate=False):
             notes += self.tied(_join(path, name))
         return tuple(dict.fromkeys(notes))
@@ -203,6 +261,19 @@ def _grouped(nodes: Iterable[Node]) -> Iterator[Node]:
     for (stem, _), members in groups.items():
         numbers = [int(node.name.removeprefix(stem)) for node in members if node.name != stem]
         yield replace(members[0], name=stem + ranges(numbers), count=len(members))
+
+
+def _halves(children: tuple[Node, ...]) -> tuple[Node, ...]:
+    """The parts of a block; of two that are called mlp and of which only the latter writes, each by its half."""
+    parts = [child for child in children if child.role == "mlp"]
+    if [_writes(part) for part in parts] != [False, True]:
+        return children
+    roles = {id(part): f"mlp ({half})" for part, half in zip(parts, ("in", "out"), strict=True)}
+    return tuple(replace(child, role=roles.get(id(child), child.role)) for child in children)
+
+
+def _writes(node: Node) -> bool:
+    return WRITES in node.notes or any(map(_writes, node.children))
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -227,13 +298,3 @@ def _is_list(module: nn.Module) -> bool:
 
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
-
-
-def _shape(module: nn.Module) -> tuple[int, ...]:
-    """(inputs, outputs) of a linear layer; the shape of the first weight of anything else."""
-    first = next(module.parameters())
-    if not is_linear(module):
-        return tuple(first.shape)
-    weight = module.get_parameter("weight")
-    outputs, inputs = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-    return inputs, outputs

@@ -119,6 +119,48 @@ def test_experts_routers_and_shared_experts_are_told_apart():
     assert {node.shape[0] for node in experts if node.shape} == {count}
 
 
+@pytest.mark.parametrize(
+    ("model_type", "router", "experts"),
+    [
+        ("mixtral", (64, 4), [(4, 64, 192), (4, 96, 64)]),  # stored as (experts, outputs, inputs)
+        ("gpt_oss", (64, 4), [(4, 64, 192), (4, 96, 64)]),  # stored as (experts, inputs, outputs)
+        ("dbrx", (64, 4), []),  # a linear layer for the router
+    ],
+)
+def test_routers_and_experts_go_from_inputs_to_outputs_whichever_way_they_are_stored(model_type, router, experts):
+    tree = tree_of("causal-lm", model_type)
+    assert {node.shape for node in nodes(tree, "router")} == {router}
+    assert [node.shape for node in nodes(tree, "experts") if node.shape] == experts
+
+
+def test_matrices_that_are_read_as_parameters_go_from_inputs_to_outputs():
+    shapes = {node.name: node.shape for node in nodes(tree_of("causal-lm", "dbrx"), "linear")}
+    assert (shapes["w1"], shapes["v1"], shapes["w2"]) == ((64, 384), (64, 384), (384, 64))
+
+
+def test_a_dataflow_that_fails_leaves_the_rest_of_the_tree(monkeypatch):
+    def fails(backbone):
+        raise RuntimeError("a view of a leaf was modified in place")
+
+    monkeypatch.setattr("lightsft.tree.read_dataflow", fails)
+    assert [node.shape for node in nodes(tree_of("causal-lm", "mixtral"), "experts")][1] == (4, 64, 192)
+
+
+def test_experts_with_biases_are_an_mlp():
+    tree = tree_of("causal-lm", "gpt_oss")
+    assert {node.name for node in nodes(tree, "mlp")} == {"mlp"}
+    assert not nodes(tree, "mixer")
+
+
+def test_two_halves_of_an_mlp_are_told_apart():
+    layers = at(read_tree(Backbone(tiny("bert"))), "bert", "encoder.layer.0-1")
+    assert {child.name: child.role for child in layers.children} == {
+        "attention": "attention",
+        "intermediate": "mlp (in)",
+        "output": "mlp (out)",
+    }
+
+
 def test_experts_in_a_list_are_shown_once():
     with weightless():  # where tokens go to every expert in turn
         experts = nodes(tree_of("seq2seq", "switch_transformers"), "expert")

@@ -9,7 +9,7 @@ l_ff each. A block without attention has the input of the layer that writes its 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,8 +25,8 @@ from lightsft.dataflow import Dataflow, Hidden, feature_axis, is_served, read_da
 from lightsft.errors import ArtifactError, InjectionError, TargetError
 from lightsft.files import write_json
 from lightsft.primitives import Part, PlacedPart, PlacedSide, Side, WeightDelta
-from lightsft.primitives.base import drop_hook
-from lightsft.quantization import unquantize
+from lightsft.primitives.base import Change, drop_hook
+from lightsft.quantization import plain_twin, unquantize
 from lightsft.roles import find_biases
 from lightsft.targets import resolve_layers
 from lightsft_adapters.checks import one_of
@@ -318,6 +318,13 @@ class PlacedInputScale(PlacedPart):
     def covers(self) -> set[str]:
         """The parameters of the layer."""
         return {f"{self.name}.{name}" for name, _ in self.served.named_parameters() if "lightsft" not in name}
+
+    @torch.no_grad()
+    def changes(self) -> Iterator[Change]:
+        """W and W l."""
+        assert isinstance(self.part, InputScale)
+        served = plain_twin(self.served)
+        yield Change(f"{self.name}.weight", served.get_parameter("weight").float(), self.part.merged(served))
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -22,7 +22,7 @@ from lightsft import Backbone, Injection, injecting
 from lightsft.anatomy import Weight, linear_shape
 from lightsft.errors import ConfigurationError
 from lightsft.primitives import Side, WeightDelta
-from lightsft.quantization import dequantized, is_quantized
+from lightsft.quantization import matrix
 from lightsft.seeding import generator
 from lightsft.targets import by_pattern, select_parameters, select_weights
 from lightsft_adapters.checks import above, at_least, one_of, probability
@@ -411,15 +411,6 @@ class LoRAEmbeddingSide(Side):
     def delta(self, served: nn.Module) -> Tensor:
         """s A^T B^T, (vocabulary, size)."""
         return (self.lora_embedding_B @ self.lora_embedding_A).T * self.scaling
-
-
-def matrix(served: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out, in); Conv1D stores the transpose, a quantized layer codes."""
-    if is_quantized(served):
-        return dequantized(served)
-    weight = served.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(served, Conv1D) else weight.detach()
 
 
 def like_weight(served: nn.Module, matrix_delta: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lightsft import Backbone, Injection, injecting
-from lightsft.anatomy import Weight
+from lightsft.anatomy import Weight, linear_shape
 from lightsft.errors import TargetError
 from lightsft.primitives import Part, Side, WeightDelta
 from lightsft.seeding import generator
 from lightsft.targets import select_weights
 from lightsft_adapters.checks import above, at_least, one_of, probability
-from lightsft_adapters.lora import like_weight, matrices, matrix
+from lightsft_adapters.lora import like_weight, matrices
 from lightsft_adapters.shared import PlacedShared, refer
 from lightsft_adapters.tied import CHOICES, resolve_tied
 
@@ -128,7 +128,7 @@ class VeRASide(Side):
     def __init__(self, served: nn.Module, shared: Projections, d_initial: float, dropout: float = 0.0) -> None:
         super().__init__()
         refer(self, "shared", shared)
-        outputs, self.inputs = matrix(served).shape
+        outputs, self.inputs = linear_shape(served)
         self.vera_lambda_d = nn.Parameter(torch.full((len(shared.A),), d_initial))
         self.vera_lambda_b = nn.Parameter(torch.zeros(outputs))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -170,7 +170,7 @@ class VeRADelta(WeightDelta):
 def _shape(backbone: Backbone, weight: Weight) -> tuple[int, int]:
     """(outputs, inputs) of the matrix, or of each of the matrices, that the weight holds."""
     if weight.called:
-        outputs, inputs = matrix(backbone.module(weight.name)).shape
+        outputs, inputs = linear_shape(backbone.module(weight.name))
     else:
         outputs, inputs = matrices(backbone.model.get_parameter(weight.owners[0]), weight.experts).shape[-2:]
     return outputs, inputs

@@ -79,7 +79,7 @@ def _chosen(strategy: str | None, settings: Sequence[str]) -> list[tuple[str, di
 
 
 def _model(inspection: Inspection) -> list[str]:
-    size = "" if inspection.weight_bytes is None else f", {inspection.weight_bytes / 1e9:,.1f} GB"
+    size = "" if inspection.weight_bytes is None else f", {_size(inspection.weight_bytes)}"
     lines = [
         f"{inspection.kind} ({inspection.model_type}) from {inspection.source}",
         f"{inspection.parameters:,} parameters stored as {inspection.stored}{size}",
@@ -106,14 +106,16 @@ def _nodes(nodes: Iterable[Node], depth: int) -> Iterator[list[str]]:
 
 
 def _shape(node: Node) -> str:
-    between = " -> " if node.role in ("linear", "head") and len(node.shape) == 2 else " x "
+    if node.role == "experts" and len(node.shape) == 3:
+        return f"{node.shape[0]} experts, {node.shape[1]} -> {node.shape[2]}"
+    between = " -> " if node.role in ("linear", "head", "router") and len(node.shape) == 2 else " x "
     return between.join(map(str, node.shape))
 
 
 def _row(effect: Effect) -> list[str]:
     if effect.refusal:
         return [effect.strategy, "", "", "", effect.refusal.splitlines()[0]]
-    numbers = [_short(effect.trainable), f"{effect.share:.2%}", f"{effect.coverage:.0%}"]
+    numbers = [_short(effect.trainable), _share(effect.share, 2), f"{effect.coverage:.0%}"]
     return [effect.strategy, *numbers, "yes" if effect.mergeable else "no"]
 
 
@@ -121,7 +123,7 @@ def _detail(effect: Effect) -> list[str]:
     from lightsft.inspection import collapse
 
     merges = "merges" if effect.mergeable else "does not merge"
-    summary = f"{effect.trainable:,} trainable ({effect.share:.3%}), coverage {effect.coverage:.1%}, {merges}"
+    summary = f"{effect.trainable:,} trainable ({_share(effect.share, 3)}), coverage {effect.coverage:.1%}, {merges}"
     rows = [["tensors", "shape", "number"]]
     shapes = sorted(set((effect.tensors or {}).values()))
     for shape in shapes:
@@ -145,6 +147,17 @@ def _columns(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def _share(share: float, digits: int) -> str:
+    """0.0123 as 1.23%; one that would be written as zero as less than the smallest that is not."""
+    smallest = 10.0 ** -(digits + 2)
+    return f"<{smallest:.{digits}%}" if 0 < share < smallest else f"{share:.{digits}%}"
+
+
+def _size(size_bytes: int) -> str:
+    """In GB, from 0.1 on; in MB below."""
+    return f"{size_bytes / 1e9:,.1f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:,.1f} MB"
 
 
 def _short(number: int) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,13 +22,42 @@ def command(
     dtype: Annotated[str, typer.Option(help="Type of the merged weights: checkpoint (the base's own) or float32.")] = (
         "checkpoint"
     ),
+    onto: Annotated[
+        str,
+        typer.Option(
+            help="Of a strategy trained beside codes: base (the dequantized weights), original (the weights that the "
+            "codes were made of), or codes again: int8, nf4, fp4."
+        ),
+    ] = "base",
+    most_rounding: Annotated[
+        float, typer.Option(help="Refuse to lose more than this share of what was trained by storing it.")
+    ] = 0.5,
+    correction_rank: Annotated[
+        int, typer.Option(help="With codes: rank of a LoRA, written beside, for what they lose; 0 for none.", min=0)
+    ] = 0,
 ) -> None:
     """Fold a trained strategy into its base: a plain transformers checkpoint, reloaded and verified."""
     from lightsft.export.merge import merge_folder
 
-    certificate = merge_folder(adapter, out, base=base, dtype=dtype)
+    certificate = merge_folder(
+        adapter,
+        out,
+        base=base,
+        dtype=dtype,
+        onto=onto,
+        most_rounding=most_rounding,
+        correction_rank=correction_rank,
+    )
     typer.echo(f"merged      {out}")
     typer.echo(
         f"certificate {out / 'certificate.json'}: largest logit difference "
         f"{certificate['largest_logit_difference']:.1e} on {certificate['inputs']} inputs"
     )
+    lost, without = certificate["rounding"], certificate.get("rounding_without_correction")
+    typer.echo(f"rounding    {_share(lost)} of what was trained is lost by storing it as {certificate['onto']}")
+    if without is not None:
+        typer.echo(f"correction  {out / 'correction'}: without it {_share(without)} would be lost")
+
+
+def _share(rounding: Mapping[str, Any]) -> str:
+    return "0 %" if rounding["ratio"] is None else f"{100 * rounding['ratio']:.3g} %"

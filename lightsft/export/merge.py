@@ -13,10 +13,13 @@ from lightsft.backbone import Backbone
 from lightsft.data.reading import Row
 from lightsft.device import choose_dtype
 from lightsft.dry_run import text_config
-from lightsft.errors import MergeError
+from lightsft.errors import ConfigurationError, MergeError
 from lightsft.export.certificate import CERTIFICATE, Batch, certify, logits_of, plain_logits, provenance
+from lightsft.export.rounding import MOST_ROUNDING
+from lightsft.export.storing import BASE, CORRECTION, ORIGINAL, onto_base, onto_codes, onto_original
 from lightsft.files import new_folder, require_free, write_json
 from lightsft.injection import Injection
+from lightsft.quantization import SCHEMES, Quantization
 from lightsft.quiet import quiet
 from lightsft.tasks.base import Task
 from lightsft.training.evaluate import batches, outcomes_of
@@ -26,15 +29,35 @@ MOST_LOGITS = 2**26  # numbers kept for the comparison, 256 MiB in fp32
 
 
 def merge(
-    adapter_dir: str | Path, *, base: str | Path | None = None, out: str | Path, dtype: str = "checkpoint"
+    adapter_dir: str | Path,
+    *,
+    base: str | Path | None = None,
+    out: str | Path,
+    dtype: str = "checkpoint",
+    onto: str = BASE,
+    most_rounding: float = MOST_ROUNDING,
+    correction_rank: int = 0,
 ) -> Path:
     """Write the merged checkpoint to `out` with its certificate.json; returns `out`.
 
     `base` defaults to where the strategy was trained from. The checkpoint keeps the base's own type unless `dtype`
-    names another: fp32 arithmetic and one rounding. Raises MergeError if the strategy does not merge, or the reloaded
-    checkpoint differs from base + adapter; OutputError if `out` holds something. Only what passed is left there.
+    names another: fp32 arithmetic and one rounding. For a strategy that was trained beside codes, `onto` chooses what
+    it is added to: "base" (the dequantized weights, which is what was trained), "original" (the weights that the codes
+    were made of), or codes again: "int8", "nf4", "fp4". With those, `correction_rank` fits a LoRA to what the codes
+    lose and writes it to `out`/correction.
+    Raises MergeError if the strategy does not merge, if storing the weights loses more than `most_rounding` of what was
+    trained, or if the reloaded checkpoint differs from base + adapter; OutputError if `out` holds something. Only what
+    passed is left there.
     """
-    merge_folder(Path(adapter_dir), Path(out), base=None if base is None else str(base), dtype=dtype)
+    merge_folder(
+        Path(adapter_dir),
+        Path(out),
+        base=None if base is None else str(base),
+        dtype=dtype,
+        onto=onto,
+        most_rounding=most_rounding,
+        correction_rank=correction_rank,
+    )
     return Path(out)
 
 
@@ -46,11 +69,16 @@ def merge_folder(
     task: Task | None = None,
     rows: Sequence[Row] = (),
     dtype: str = "checkpoint",
+    onto: str = BASE,
+    most_rounding: float = MOST_ROUNDING,
+    correction_rank: int = 0,
 ) -> dict[str, Any]:
     """Merge, verify on `rows` of `task` (on random tokens without), write; returns the certificate."""
     require_free(out)
+    if onto not in (BASE, ORIGINAL, *SCHEMES):
+        raise ConfigurationError(f"onto={onto!r}", expected=f"one of {', '.join((BASE, ORIGINAL, *SCHEMES))}")
     backbone = artifact.load_base(adapter, base, dtype=dtype, device="cpu")
-    injection = artifact.load(adapter, backbone)
+    injection, trained_in = artifact.load(adapter, backbone), backbone.quantization
     if not injection.mergeable:
         raise _cannot_merge(injection, adapter)
     name = backbone.task or "chat"
@@ -62,35 +90,54 @@ def merge_folder(
     if task is not None:
         scores = {"metric": task.metric, "examples": len(rows)}
         scores["score_before"] = task.metrics(outcomes_of(backbone, task, rows, 64))[task.metric]
-    model = injection.merge(None if dtype == "checkpoint" else choose_dtype(dtype, backbone.model.device))
+    wanted = None if dtype == "checkpoint" else choose_dtype(dtype, backbone.model.device)
+    if onto == ORIGINAL:
+        stored = onto_original(injection, lambda: _on_original(adapter, base, dtype), most_rounding)
+    elif onto in SCHEMES:
+        stored = onto_codes(injection, Quantization(onto), most_rounding, correction_rank)
+    else:
+        stored = onto_base(injection, wanted, most_rounding)
+    model, rounds_inputs = stored.backbone.model, trained_in == "int8"  # LLM.int8 evaluates with rounded activations
     with quiet(), new_folder(out) as folder:
         model.save_pretrained(folder)
+        if stored.correction is not None:
+            stored.correction.save(folder / CORRECTION)
         _keep_length(backbone, adapter)
         backbone.tokenizer.save_pretrained(folder)
         reloaded_logits = plain_logits(folder, name, compared)
-        half = model.dtype != torch.float32
         certificate = certify(
             compared,
             base=plain,
             tuned=tuned,
-            merged=logits_of(backbone, compared),
+            merged=stored.logits(compared),
             reloaded=reloaded_logits,
-            half_precision=half,
+            half_precision=model.dtype != torch.float32 or stored.backbone.quantization is not None or rounds_inputs,
+            exact=stored.exact,
+            in_codes=stored.backbone.quantization is not None,
         )
         if task is not None:
             reloaded = Backbone.load(folder, task=name, dtype="checkpoint", device="cpu")
             scores["score_after"] = task.metrics(outcomes_of(reloaded, task, rows, 64))[task.metric]
-        certificate |= scores | provenance(adapter, str(backbone.source), folder)
+            if stored.correction is not None:
+                artifact.load(folder / CORRECTION, reloaded)
+                scores["score_corrected"] = task.metrics(outcomes_of(reloaded, task, rows, 64))[task.metric]
+        certificate |= scores | stored.report() | provenance(adapter, str(backbone.source), folder)
         if not certificate["passed"]:
             raise MergeError(
                 f"the merged checkpoint differs from base + adapter by {certificate['largest_logit_difference']:.3g}",
                 expected=f"{certificate['limit_applies_to']} of at most {certificate['limit']:.3g}",
                 todo="nothing was written; merge in full precision with --dtype float32"
-                if half
+                if model.dtype != torch.float32
                 else "nothing was written; report it with the model's name",
             )
         write_json(folder / CERTIFICATE, certificate)
     return certificate
+
+
+def _on_original(adapter: Path, base: str | None, dtype: str) -> Injection:
+    """The same strategy on the weights that the codes were made of."""
+    original = artifact.load_base(adapter, base, dtype=dtype, device="cpu", as_quantized=False)
+    return artifact.load(adapter, original, other_quantization=True)
 
 
 def _keep_length(backbone: Backbone, adapter: Path) -> None:

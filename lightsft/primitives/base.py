@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Change(NamedTuple):
+    """What merging does to one weight: before and after, in fp32."""
+
+    name: str
+    before: Tensor
+    after: Tensor
 
 
 class Primitive(ABC):
@@ -54,6 +63,10 @@ class Primitive(ABC):
     def mergeable(self) -> bool:
         """Whether it can be folded into the backbone's weights."""
         return False
+
+    def changes(self) -> Iterator[Change]:
+        """What `merge` would do, weight by weight and before any rounding; nothing is touched."""
+        yield from ()
 
     def merge(self) -> None:
         """Fold it into the weights, in fp32 with one rounding. Called only when `mergeable`, and once."""

@@ -7,14 +7,15 @@ its place in the state dict. Several sides on one module apply in the order in w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightsft.dry_run import tensors_in
-from lightsft.primitives.base import Part, PlacedPart, drop_hook, free_name
-from lightsft.quantization import unquantize
+from lightsft.primitives.base import Change, Part, PlacedPart, drop_hook, free_name
+from lightsft.quantization import plain_twin, unquantize
 
 SIDE, TAP = "lightsft_side", "lightsft_tap"
 
@@ -79,6 +80,13 @@ class PlacedSide(PlacedPart):
     def covers(self) -> set[str]:
         """The parameters of the served module."""
         return {f"{self.name}.{name}" for name, _ in self.served.named_parameters() if not name.startswith((SIDE, TAP))}
+
+    @torch.no_grad()
+    def changes(self) -> Iterator[Change]:
+        """W and what the side makes of it."""
+        served = plain_twin(self.served)
+        for name, value in self.side.merged(served).items():
+            yield Change(f"{self.name}.{name}", served.get_parameter(name).float(), value)
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -7,12 +7,13 @@ and the computation stays in half precision.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightsft.primitives.base import Primitive
+from lightsft.primitives.base import Change, Primitive
 from lightsft.quantization import is_plain
 
 
@@ -94,6 +95,11 @@ class Unfreezing(Primitive):
     def mergeable(self) -> bool:
         """Trained weights are already in their place."""
         return True
+
+    def changes(self) -> Iterator[Change]:
+        """The originals and the masters."""
+        for name, master in self.tensors().items():
+            yield Change(name, self.originals[name].float(), master.float())
 
     def merge(self) -> None:
         """Round the masters to the backbone's own type, once."""

@@ -8,6 +8,7 @@ itself, the class and the state-dict keys stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightsft.anatomy import Weight
-from lightsft.primitives.base import Part, PlacedPart, drop_hook
+from lightsft.primitives.base import Change, Part, PlacedPart, drop_hook
 
 DELTA = "lightsft_delta_"
 
@@ -70,6 +71,12 @@ class PlacedDelta(PlacedPart):
     def covers(self) -> set[str]:
         """The weight, by each of its names."""
         return set(self.weight.owners)
+
+    @torch.no_grad()
+    def changes(self) -> Iterator[Change]:
+        """W and W'."""
+        weight = self.parameter.float()
+        yield Change(self.weight.owners[0], weight, self.delta(weight))
 
     @torch.no_grad()
     def merge(self) -> None:

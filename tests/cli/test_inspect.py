@@ -8,6 +8,8 @@ import pytest
 import transformers
 
 from lightsft import registry
+from lightsft.cli.inspect import _shape, _share, _size
+from lightsft.tree import Node
 from tests.cli.test_bad_input import refused
 from tests.cli.test_commands import python
 from tests.tiny_models import tiny
@@ -54,6 +56,31 @@ def test_a_member_of_a_family_can_be_shown(command, folder):
     ended = command("inspect", folder, "--strategy", "peft/ia3")
     assert ended.code == 0, ended.error
     assert "peft/ia3: " in ended.out
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "0.00%"), (3e-5, "<0.01%"), (1e-4, "0.01%"), (0.0123, "1.23%"), (1.0, "100.00%")]
+)
+def test_a_small_share_is_not_written_as_none(share, text):
+    assert _share(share, 2) == text
+
+
+def test_a_small_model_has_its_size_in_megabytes(command, folder):
+    assert [_size(90_900_000), _size(100_000_000), _size(141_107_412_992)] == ["90.9 MB", "0.1 GB", "141.1 GB"]
+    assert " stored as float32, 0.2 MB" in command("inspect", folder).out
+
+
+@pytest.mark.parametrize(
+    ("role", "shape", "text"),
+    [
+        ("experts", (8, 4096, 28672), "8 experts, 4096 -> 28672"),
+        ("router", (4096, 8), "4096 -> 8"),
+        ("linear", (32, 64), "32 -> 64"),
+        ("embedding", (100, 32), "100 x 32"),
+    ],
+)
+def test_what_multiplies_goes_from_inputs_to_outputs(role, shape, text):
+    assert _shape(Node("name", role, "Module", 0, shape=shape)) == text
 
 
 def test_json_holds_what_the_text_does(command, folder):
