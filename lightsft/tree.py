@@ -33,8 +33,8 @@ class Node:
 
     `name` is relative to the node above; of equal ones it ends in the range of their numbers ("layers.0-79"), and
     `parameters` and `children` are those of one of them. Parameters that are tied to earlier ones are not counted
-    again. `shape` is (inputs, outputs) of a linear layer or router, (experts, inputs, outputs) of experts in one tensor,
-    else that of the weight; () where there are several.
+    again. `shape` is (inputs, outputs) of a linear layer or router, (experts, inputs, outputs) of experts in one
+    tensor, else that of the weight; () where there are several.
     """
 
     name: str
