@@ -14,7 +14,15 @@ from lightsft.backbone import Backbone
 from lightsft.dry_run import input_embeddings
 from lightsft.errors import TargetError
 
-KEYWORDS = ("linear", "attention", "mlp", "experts", "router", "embedding")
+_KINDS = {
+    "linear": "linear layer of the blocks",
+    "attention": "linear layer of an attention",
+    "mlp": "linear layer of the blocks outside attention",
+    "experts": "expert",
+    "router": "router",
+    "embedding": "token embedding",
+}
+KEYWORDS = tuple(_KINDS)
 
 
 def select_weights(
@@ -170,10 +178,17 @@ def _nothing_matches(
 ) -> TargetError:
     parts = [name.rpartition(".")[2] for name in available]
     endings = list(dict.fromkeys(part for part in parts if not part.isdigit()))
+    model = type(backbone.model).__name__
+    if target in keywords:
+        return TargetError(
+            f"no {_KINDS[target]} in {model} that this strategy serves",
+            expected=f"layers that it serves: {', '.join(endings[:16]) or 'there are none'}",
+            todo="name some of these" if endings else "use another strategy on this model",
+        )
     near = difflib.get_close_matches(target, [*endings, *keywords], n=1)
     hint = "Use targets='linear' to take every linear layer." if keywords else "print the model to see its names"
     return TargetError(
-        f"nothing in {type(backbone.model).__name__} is named {target!r}",
+        f"nothing in {model} is named {target!r}",
         expected=f"one of {', '.join([*keywords, *endings[:16]])}; the end of a full name; or a regular expression",
         todo=f"did you mean {near[0]!r}?" if near else hint,
     )

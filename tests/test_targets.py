@@ -108,6 +108,22 @@ def test_what_resembles_nothing_is_answered_with_what_there_is(target):
         ends("llama", target)
 
 
+@pytest.mark.parametrize(
+    ("keyword", "found"),
+    [
+        ("embedding", "no token embedding in LlamaForCausalLM that this strategy serves"),
+        ("experts", "no expert in LlamaForCausalLM"),
+        ("router", "no router in LlamaForCausalLM"),
+    ],
+)
+def test_a_keyword_without_layers_is_answered_with_those_that_are_served(keyword, found):
+    with pytest.raises(TargetError) as caught:
+        ends("llama", keyword)
+    assert found in caught.value.found
+    assert "q_proj" in caught.value.expected
+    assert "did you mean" not in caught.value.todo
+
+
 def test_one_bad_target_among_good_ones_is_an_error():
     with pytest.raises(TargetError, match="nothing_here"):
         ends("llama", ["q_proj", "nothing_here"])

@@ -36,7 +36,8 @@ class Prefix:
     initialisation: "activations" (the keys and values of real tokens, section 7.4) or "random" (normal, 0.02).
     reparameterisation: train them through a small network, which then starts at random.
     hidden_size: the width of that network.
-    places: of an encoder-decoder, which attentions: "encoder", "decoder", "cross". Single stacks have but one kind.
+    places: of an encoder-decoder, which attentions: one or several of "encoder", "decoder", "cross". Single stacks
+        have but one kind.
     dropout: on keys and values, in training.
     layers: only blocks with these indices; negative ones count from the end.
     """
@@ -45,7 +46,7 @@ class Prefix:
     initialisation: str = "activations"
     reparameterisation: bool = False
     hidden_size: int = 128
-    places: Sequence[str] = PLACES
+    places: str | Sequence[str] = PLACES
     dropout: float = 0.0
     layers: Sequence[int] | None = None
 
@@ -56,8 +57,12 @@ class Prefix:
         at_least("hidden_size", self.hidden_size, 1)
         probability("dropout", self.dropout)
         one_of("initialisation", self.initialisation, ("activations", "random"))
-        for place in self.places:
+        for place in self._places:
             one_of("places", place, PLACES)
+
+    @property
+    def _places(self) -> tuple[str, ...]:
+        return (self.places,) if isinstance(self.places, str) else tuple(self.places)
 
     def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
         """Put a prefix on each chosen attention of `backbone`."""
@@ -67,6 +72,12 @@ class Prefix:
         return injection
 
     def _chosen(self, backbone: Backbone, seed: int) -> list[AttentionCall]:
+        if backbone.example is None:
+            raise TargetError(
+                f"none of the usual example inputs runs through {type(backbone.model).__name__}",
+                expected="one that runs, to see its attentions",
+                todo="give one with Backbone(model, example={...})",
+            )
         calls = _attention_calls(backbone, self.num_virtual_tokens, seed)
         if not calls:
             raise TargetError(
@@ -78,12 +89,12 @@ class Prefix:
         chosen = [
             call
             for name, call in calls.items()
-            if _place(backbone, name, list(calls)) in (None, *self.places)
+            if _place(backbone, name, list(calls)) in (None, *self._places)
             and (wanted is None or backbone.anatomy.block_of(name) in wanted)
         ]
         if not chosen:
             raise TargetError(
-                f"no attention left with places={tuple(self.places)} and layers={self.layers}",
+                f"no attention left with places={self._places} and layers={self.layers}",
                 expected="at least one attention",
                 todo="widen places or layers",
             )

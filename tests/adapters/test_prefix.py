@@ -529,6 +529,11 @@ def test_places_choose_the_attentions_of_an_encoder_decoder(name, places, count)
         assert any(marks[place] in plain for place in places), found
 
 
+def test_a_single_place_need_not_be_in_a_list():
+    names = [primitive.name for primitive in placed(inject(tiny("bart"), places="encoder"))]
+    assert names == [primitive.name for primitive in placed(inject(tiny("bart"), places=["encoder"]))]
+
+
 def test_layers_keep_only_their_blocks():
     names = [primitive.name for primitive in placed(inject(tiny("llama"), layers=[-1]))]
     assert names == ["model.layers.1.self_attn"]
@@ -759,6 +764,14 @@ def test_a_model_without_attention_is_refused_by_name(task, kind, found):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_a_model_that_no_example_runs_through_is_refused_with_the_way_out():
+    model = tiny("llama", num_key_value_heads=3, head_dim=8)  # 4 heads do not share 3
+    with pytest.raises(TargetError) as caught:
+        Prefix().inject(Backbone(model))
+    assert "LlamaForCausalLM" in caught.value.found
+    assert "Backbone(model, example=" in caught.value.todo
+
+
 def test_a_place_without_attentions_is_refused():
     model = tiny("bart")
     with pytest.raises(TargetError, match="no attention left"):
@@ -773,6 +786,7 @@ def test_a_place_without_attentions_is_refused():
         {"dropout": 1.0},
         {"initialisation": "zero"},
         {"places": ["both"]},
+        {"places": "both"},
     ],
 )
 def test_an_option_out_of_range_is_refused(options):
