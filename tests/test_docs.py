@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightsft import registry
 from lightsft.config import RunConfig, StrategySpec, build, split_list
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,17 @@ def test_the_readme_strategies_parse():
     assert specs[1].options == {"rank": 16}
 
 
+def test_the_configurations_of_documented_strategies_are_accepted():
+    specs = [
+        StrategySpec.parse(one)
+        for text in blocks(ROOT / "docs" / "strategies.md", "yaml")
+        for one in yaml.safe_load(text)["strategies"]
+    ]
+    assert [spec.name for spec in specs] == ["combined", "peft/boft", "peft/boft"]
+    for spec in specs:
+        registry.strategy(spec.name, **spec.options)
+
+
 def test_the_documented_strategy_trains_merges_and_ejects():
     import torch
 
@@ -68,6 +80,7 @@ def test_no_word_of_a_removed_option_stays_in_the_documents():
     """Every `--option` that the documents use exists on the command line."""
     known = {f"--{name.replace('_', '-')}" for name in RunConfig.model_fields} | {
         "--strategy", "--seed", "--base", "--out", "--set", "--file", "--help", "--no-deps",
+        "--onto", "--most-rounding", "--correction-rank",
     }  # fmt: skip
     for document in DOCUMENTS:
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text(encoding="utf-8")))

@@ -3,7 +3,9 @@
 import copy
 import functools
 import json
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,6 +177,14 @@ def test_an_unknown_option_lists_the_options_of_the_tuner_and_the_nearest():
 def test_a_value_that_peft_refuses_is_refused_before_a_model_is_there():
     with pytest.raises(ConfigurationError, match=r"PEFT's lora does not take these options.*layers_pattern"):
         registry.strategy("peft/lora", layers_pattern="layers")
+
+
+def test_the_documents_list_every_tuner_with_what_is_tested_here():
+    text = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| [\d,]+ \| .* to .* \| yes \| (yes|no) \| (yes|no) \|$", text, re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(Peft.members())
+    assert {name for name, merges, _ in rows if merges == "no"} == UNMERGED | {"beft"}
+    assert {name for name, _, on_conv1d in rows if on_conv1d == "yes"} == ON_CONV1D
 
 
 # ---- what each of them does
