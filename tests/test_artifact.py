@@ -224,9 +224,7 @@ def test_a_model_for_another_task_is_loaded_as_the_class_that_it_was(kind, tmp_p
 def test_a_class_that_transformers_does_not_have_asks_for_the_model(folder):
     settings = json.loads((folder / SETTINGS).read_text())
     edit_settings(folder, task=None, base=settings["base"] | {"class": "SecretForPoetry", "source": "somewhere"})
-    with pytest.raises(
-        ArtifactError, match="SecretForPoetry, which lightsft does not load"
-    ):
+    with pytest.raises(ArtifactError, match="SecretForPoetry, which lightsft does not load"):
         lightsft.load(folder)
 
 
