@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -22,16 +22,21 @@ def waiting_in_the_second_trial(values, folder):
     """A `lightsft compare` process whose first trial is finished and whose second one waits."""
     command = [sys.executable, "-m", "lightsft", "compare", *flags(**values)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children = []
     try:
         deadline = time.monotonic() + PATIENCE
         while not (folder / "here").exists():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, "the second trial never started"
             time.sleep(0.05)
-        yield process, psutil.Process(process.pid).children(recursive=True)
+        children = psutil.Process(process.pid).children(recursive=True)
+        yield process, children
     finally:
         if process.poll() is None:
             process.kill()
+        for child in children:  # they hold the pipes
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         process.communicate()
 
 

