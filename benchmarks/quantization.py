@@ -24,6 +24,10 @@ from typing import Any
 import torch
 
 BASES = ("float32", "bfloat16", "int8", "nf4")
+HEADS = [
+    "classifier",
+    "lm_head",
+]  # what transformers would quantize too, and bitsandbytes cannot evaluate with 3 labels
 OURS, PEFT = "lightsft", "PEFT"
 
 
@@ -177,10 +181,10 @@ def theirs(task: str, checkpoint: str, base: str, strategy: str, seed: int) -> t
     dtype = torch.float32 if base == "float32" else torch.bfloat16
     options: dict[str, Any] = {"dtype": dtype}
     if base == "int8":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
     if base == "nf4":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=HEADS
         )
     kind = (
         transformers.AutoModelForSequenceClassification
