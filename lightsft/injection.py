@@ -281,8 +281,9 @@ class Injection:
                 expected="a strategy that changes weights (full, lora)",
                 todo="ship the saved adapter folder and load it with lightsft.load, or train one that merges",
             )
+        with self.disabled():
+            quantized = quantized_layers(self.model)  # those that a strategy made plain among them
         self._enable(True)
-        quantized = quantized_layers(self.model)
         for primitive in self.primitives:
             primitive.merge()
         self._release()

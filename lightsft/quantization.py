@@ -229,9 +229,9 @@ def keep_codes(model: nn.Module) -> None:
 
 
 def plain_copy(model: ModelType) -> ModelType:
-    """A copy with plain layers in place of the quantized ones."""
-    layers = quantized_layers(model).values()
-    return copy.deepcopy(model, {id(layer): _filled(plain_layer(layer), layer) for layer in layers})
+    """A copy with plain layers in place of the quantized ones, in the model's type: a pass through both types fails."""
+    dtype, layers = getattr(model, "dtype", torch.float32), quantized_layers(model).values()
+    return copy.deepcopy(model, {id(layer): _filled(plain_layer(layer), layer, dtype) for layer in layers})
 
 
 def plain_twin(layer: nn.Module) -> nn.Module:

@@ -3,6 +3,10 @@
 In a half-precision backbone the masters and everything else in their module become fp32, and two hooks cast the
 module's input up and its output back, so a plain forward pass keeps working. Under autocast the hooks stand aside
 and the computation stays in half precision.
+
+Codes cannot be trained: a quantized layer whose weight is among the names is plain, in fp32, while it is placed. One
+whose bias alone is trained computes without it, and the bias is added after, since bitsandbytes rounds a bias in place
+to the type of its input.
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from lightsft.primitives.base import Change, Primitive
-from lightsft.quantization import is_plain
+from lightsft.primitives.base import Change, Primitive, drop_hook
+from lightsft.quantization import dequantized, is_plain, is_quantized, make_plain, make_quantized, quantized_layers
 
 
 class Unfreezing(Primitive):
@@ -25,24 +30,44 @@ class Unfreezing(Primitive):
         self.name = "unfreezing"
         self.model = model
         self._hidden: dict[str, Tensor] | None = None  # the trained values, while the originals are in place
+        usual: Any = model.dtype
+        self._plain = {
+            path: _MadePlain(layer)
+            for path, layer in quantized_layers(model).items()
+            if f"{path}.weight" in names  # and its bias with it
+        }
         parameters = dict(model.named_parameters())
         owners = _owners(model, {id(parameters[name]) for name in names})
         together = {id(p) for module in owners.values() for p in module.parameters(recurse=False) if is_plain(p)}
         self.owners = tuple(owners)
         self.names = tuple(sorted(names))
-        self.originals = {name: p.detach().clone() for name, p in parameters.items() if id(p) in together}
+        self._of_codes = {
+            f"{path}.{name}": parameter
+            for path, made in self._plain.items()
+            for name, parameter in made.layer.named_parameters(recurse=False)
+        }
+        self.originals = {
+            name: p.detach().clone()
+            for name, p in parameters.items()
+            if id(p) in together and name not in self._of_codes
+        }
         stays_wide = {id(parameters[name]) for name in keep_outputs}
-        for module in owners.values():
-            self._cast_to_masters(module, stays_wide)
+        self._beside = {path: _BiasBeside() for path, module in owners.items() if is_quantized(module)}
+        for path, module in owners.items():
+            if path in self._beside:
+                self._beside[path].place(module)
+            else:
+                self._cast_to_masters(module, stays_wide, usual if path in self._plain else None)
         for name in self.originals:
             parameters[name].data = parameters[name].data.float()
         for name in names:
             parameters[name].requires_grad_(True)
 
-    def _cast_to_masters(self, module: nn.Module, stays_wide: set[int]) -> None:
-        """Hook a module whose parameters are about to become fp32, if they are narrower."""
+    def _cast_to_masters(self, module: nn.Module, stays_wide: set[int], was: torch.dtype | None) -> None:
+        """Hook a module whose parameters are about to become fp32, if they are narrower (or `was`, of codes)."""
         own = list(module.parameters(recurse=False))
         narrow = [p.dtype for p in own if is_plain(p) and p.dtype != torch.float32]
+        narrow += [was] if was not in (None, torch.float32) else []
         if narrow:
             module.register_forward_pre_hook(_cast_up, with_kwargs=True)
             if not any(id(p) in stays_wide for p in own):
@@ -50,7 +75,11 @@ class Unfreezing(Primitive):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The unfrozen parameters themselves."""
-        return {name: self.model.get_parameter(name) for name in self.names}
+        return {name: self._parameter(name) for name in self.names}
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        """The one that is trained, in place or not."""
+        return self._of_codes[name] if name in self._of_codes else self.model.get_parameter(name)
 
     def sites(self) -> dict[str, str]:
         """The modules that own them."""
@@ -59,14 +88,13 @@ class Unfreezing(Primitive):
     def leave(self, names: list[str]) -> None:
         """Stop training some of them: a forward pass never uses them."""
         for name in names:
-            self.model.get_parameter(name).requires_grad_(False)
+            self._parameter(name).requires_grad_(False)
         self.names = tuple(name for name in self.names if name not in set(names))
 
     def tensors(self) -> dict[str, Tensor]:
         """Their trained values: the delta is saved as new values, so that loading is exact."""
-        if self._hidden is not None:
-            return {name: self._hidden[name] for name in self.names}
-        return {name: parameter.detach() for name, parameter in self.trainable().items()}
+        hidden = self._hidden or {}
+        return {name: hidden[name] if name in hidden else p.detach() for name, p in self.trainable().items()}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -84,6 +112,10 @@ class Unfreezing(Primitive):
         assert values is not None
         for name, value in values.items():
             self.model.get_parameter(name).data = value
+        for made in self._plain.values():
+            made.show(enabled)
+        for beside in self._beside.values():
+            beside.active = enabled
         if enabled:
             self._hidden = None
 
@@ -99,10 +131,17 @@ class Unfreezing(Primitive):
     def changes(self) -> Iterator[Change]:
         """The originals and the masters."""
         for name, master in self.tensors().items():
-            yield Change(name, self.originals[name].float(), master.float())
+            yield Change(name, self._before(name), master.float())
+
+    def _before(self, name: str) -> Tensor:
+        """The original in fp32."""
+        if name in self.originals:
+            return self.originals[name].float()
+        path, _, own = name.rpartition(".")
+        return self._plain[path].before(own)
 
     def merge(self) -> None:
-        """Round the masters to the backbone's own type, once."""
+        """Round the masters to the backbone's own type, once; what was made of codes is rounded with the others."""
         for name, original in self.originals.items():
             parameter = self.model.get_parameter(name)
             parameter.data = parameter.data.to(original.dtype)
@@ -112,6 +151,8 @@ class Unfreezing(Primitive):
         """Put the originals back."""
         for name, original in self.originals.items():
             self.model.get_parameter(name).data = original
+        for made in self._plain.values():
+            made.show(False)
         self._drop_hooks()
 
     def _drop_hooks(self) -> None:
@@ -122,6 +163,8 @@ class Unfreezing(Primitive):
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
             for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _CastBack)]:
                 del module._forward_hooks[key]
+            if path in self._beside:
+                self._beside[path].take_off(module)
 
 
 def _owners(model: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
@@ -138,8 +181,8 @@ def _owners(model: nn.Module, chosen: set[int]) -> dict[str, nn.Module]:
 def _cast_up(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    own = next(p.dtype for p in module.parameters(recurse=False) if p.is_floating_point())
-    if torch.is_autocast_enabled(_device_type(module)):
+    own = next((p.dtype for p in module.parameters(recurse=False) if p.is_floating_point()), None)
+    if own is None or torch.is_autocast_enabled(_device_type(module)):
         return None
 
     def cast(value: Any) -> Any:
@@ -162,3 +205,58 @@ class _CastBack:
 
 def _device_type(module: nn.Module) -> str:
     return next(module.parameters()).device.type
+
+
+class _MadePlain:
+    """A quantized layer that is a plain one in fp32, and can be shown as either."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.codes = make_plain(layer)
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name != "weight":
+                parameter.data = parameter.data.clone()  # in fp32 it is the layer's own
+        self.plain = {"class": type(layer), "attributes": dict(layer.__dict__)}
+
+    def show(self, plain: bool) -> None:
+        """Put one of the two in place."""
+        make_quantized(self.layer, self.plain if plain else self.codes)
+
+    def before(self, own: str) -> Tensor:
+        """What its parameter `own` was, in fp32."""
+        layer: Any = self.layer
+        shown = type(layer) is self.plain["class"]
+        self.show(False)
+        value = dequantized(layer) if own == "weight" else layer.get_parameter(own).detach().float()
+        self.show(shown)
+        return value.T if own == "weight" and isinstance(layer, Conv1D) else value
+
+
+class _BiasBeside:
+    """Hooks that hide a quantized layer's bias from it, and add it to what it returns."""
+
+    active = True
+
+    def place(self, module: nn.Module) -> None:
+        """Hook a module."""
+        module.register_forward_pre_hook(self.hide)
+        module.register_forward_hook(self.add, always_call=True)
+
+    def hide(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before the layer runs."""
+        if self.active:
+            module.__dict__["lightsft_bias"] = module._parameters["bias"]
+            module._parameters["bias"] = None
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After it ran, or failed: then there is no output."""
+        bias = module.__dict__.pop("lightsft_bias", None)
+        if bias is None:
+            return output
+        module._parameters["bias"] = bias
+        return None if output is None else (output + bias).to(output.dtype)
+
+    def take_off(self, module: nn.Module) -> None:
+        """Unhook it."""
+        drop_hook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, self.hide)
+        drop_hook(module._forward_hooks, module._forward_hooks_always_called, self.add)
