@@ -4,6 +4,9 @@ Shapes: x (..., in), A (rank, in), B (out, rank), y (..., out). With rank stabil
 (2312.03732). DoRA learns the length of each row too (2402.09353): y = m V x / ||V||, V = W + s B A, m (out), the
 norm taken as a constant in the gradient. PiSSA (2404.02948) and OLoRA (2406.01775) start A and B from W itself and
 train the difference: y = W x + s (B A - B0 A0) x, so W stays as it was.
+
+Beside codes Q = q(W), LoftQ (2310.08659) and QPiSSA (2404.02948) start near W instead: training begins at
+Q' + s B0 A0 ~ W, not at the function of the quantized backbone, which `disabled()` still gives.
 """
 
 from __future__ import annotations
@@ -20,16 +23,20 @@ from transformers.pytorch_utils import Conv1D
 
 from lightsft import Backbone, Injection, injecting
 from lightsft.anatomy import Weight, linear_shape
+from lightsft.codes import Codes, Difference, difference
 from lightsft.errors import ConfigurationError
+from lightsft.originals import Originals, originals
 from lightsft.primitives import Side, WeightDelta
-from lightsft.quantization import matrix
+from lightsft.quantization import is_quantized, matrix
 from lightsft.seeding import generator
 from lightsft.targets import by_pattern, select_parameters, select_weights
 from lightsft_adapters.checks import above, at_least, one_of, probability
 from lightsft_adapters.peft_lora import read_peft_config, write_peft_config
+from lightsft_adapters.starts import check_rank, loftq, orthogonal, principal, qpissa
 from lightsft_adapters.tied import CHOICES, resolve_tied
 
-INITIALISATIONS = ("default", "gaussian", "pissa", "olora")
+NEAR_W = {"loftq": "default", "qpissa": "pissa"}  # beside codes; and what they are beside a weight that has none
+INITIALISATIONS = ("default", "gaussian", "pissa", "olora", *NEAR_W)
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,14 @@ class LoRA:
     layers: only blocks with these indices; negative ones count from the end.
     rank_pattern, alpha_pattern: other values for modules whose name ends in, or matches, a key.
     initialisation: "default" (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1/rank, B zero),
-        "pissa" (the principal singular vectors of W), "olora" (its QR decomposition).
+        "pissa" (the principal singular vectors of W), "olora" (its QR decomposition); on a quantized backbone "loftq"
+        (what the codes lose) and "qpissa" (the principal singular vectors, and codes of the rest).
     dora: learn magnitude and direction separately.
     lora_plus_ratio: the learning rate of B over that of A (2402.12354; 16 is the paper's value).
     modules_to_save: parts of the backbone to train whole, by name; they carry no update.
     tied: what to do with a target whose weight the input or output embeddings share, since merging would change both:
         "refuse", "skip" it, or "untie" it (it gets a copy of its own, which the merged checkpoint keeps).
+    loftq_steps: LoftQ's alternations. The first keeps the backbone's codes; more make other ones, which are saved.
     """
 
     rank: int = 8
@@ -64,6 +73,7 @@ class LoRA:
     lora_plus_ratio: float = 1.0
     modules_to_save: Sequence[str] = ()
     tied: str = "refuse"
+    loftq_steps: int = 1
 
     learning_rate: ClassVar[float] = 1e-3
 
@@ -76,7 +86,13 @@ class LoRA:
         probability("dropout", self.dropout)
         one_of("initialisation", self.initialisation, INITIALISATIONS)
         one_of("tied", self.tied, CHOICES)
-        if self.dora and self.initialisation in ("pissa", "olora"):
+        at_least("loftq_steps", self.loftq_steps, 1)
+        if self.loftq_steps > 1 and self.initialisation != "loftq":
+            raise ConfigurationError(
+                f"loftq_steps={self.loftq_steps} with initialisation={self.initialisation!r}",
+                expected="initialisation='loftq'",
+            )
+        if self.dora and self.initialisation not in ("default", "gaussian"):
             raise ConfigurationError(
                 f"dora=True together with initialisation={self.initialisation!r}",
                 expected="dora with the default or gaussian initialisation",
@@ -84,6 +100,7 @@ class LoRA:
 
     def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
         """Put A and B beside every target of `backbone`."""
+        exact = self._originals(backbone)
         with injecting(self, backbone, seed) as injection:
             whole = set(select_parameters(backbone, self.modules_to_save))
             for weight in select_weights(backbone, self.targets, layers=self.layers):
@@ -92,7 +109,7 @@ class LoRA:
                 elif not whole.intersection(weight.owners):
                     served = resolve_tied(injection, weight, self.tied)
                     if served is not None:
-                        self._place(injection, served, seed)
+                        self._place(injection, served, seed, exact)
             injection.unfreeze(whole)
         if self.targets == "linear" and self.layers is None:
             injection.report_coverage()
@@ -116,7 +133,24 @@ class LoRA:
         """The alpha for the module `name`."""
         return by_pattern(name, self.alpha_pattern.items(), self.alpha)
 
-    def _place(self, injection: Injection, weight: Weight, seed: int) -> None:
+    @property
+    def makes_codes(self) -> bool:
+        """Whether it puts codes of its own in place of a quantized layer's."""
+        return self.initialisation == "qpissa" or self.loftq_steps > 1
+
+    def _originals(self, backbone: Backbone) -> Originals | None:
+        """The weights that the codes were made of, if this start is near them; a folder's values need none."""
+        if self.initialisation not in NEAR_W:
+            return None
+        if backbone.quantization is None and (self.makes_codes or not backbone.restoring):
+            raise ConfigurationError(
+                f"initialisation={self.initialisation!r} on a backbone that is not quantized",
+                expected="codes, which lose something that it can start from",
+                todo="take 'pissa' or 'olora', or Backbone.load(path, quantization='nf4')",
+            )
+        return None if backbone.restoring else originals(backbone)
+
+    def _place(self, injection: Injection, weight: Weight, seed: int, exact: Originals | None) -> None:
         """A side where a linear layer or an embedding is called, a delta on the weight everywhere else."""
         rank, alpha = self.rank_of(weight.name), self.alpha_of(weight.name)
         scaling = alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
@@ -126,7 +160,11 @@ class LoRA:
             served: Any = injection.backbone.module(weight.name)
             injection.add_side(weight.name, LoRAEmbeddingSide(served, rank, scaling, random))
         elif weight.called:
-            injection.add_side(weight.name, self._side(injection.backbone.module(weight.name), rank, scaling, random))
+            served = injection.backbone.module(weight.name)
+            side = self._side(served, rank, scaling, random)
+            if exact is not None and is_quantized(served):
+                self._start_near(side, served, exact(weight.name))
+            injection.add_side(weight.name, side)
         else:
             injection.add_delta(weight, self._delta(injection.backbone, weight, rank, scaling, random))
 
@@ -134,19 +172,36 @@ class LoRA:
         options = {"dropout": self.dropout, "lora_plus_ratio": self.lora_plus_ratio}
         if self.dora:
             return DoRASide(served, rank, scaling, self.initialisation, random, **options)
-        if self.initialisation in ("pissa", "olora"):
-            return ResidualLoRASide(served, rank, scaling, self.initialisation, random, **options)
-        return LoRASide(served, rank, scaling, self.initialisation, random, **options)
+        if is_quantized(served) and self.makes_codes:
+            return RecodedLoRASide(served, rank, scaling, "default", random, **options)
+        start = "default" if is_quantized(served) and self.initialisation in NEAR_W else self._start
+        if start in ("pissa", "olora"):
+            return ResidualLoRASide(served, rank, scaling, start, random, **options)
+        return LoRASide(served, rank, scaling, start, random, **options)
+
+    @property
+    def _start(self) -> str:
+        """The initialisation beside a weight in floating point."""
+        return NEAR_W.get(self.initialisation, self.initialisation)
+
+    def _start_near(self, side: LoRASide, served: nn.Module, exact: Tensor) -> None:
+        """Q' + s B A ~ W."""
+        rank = side.lora_A.weight.shape[0]
+        check_rank(rank <= min(exact.shape), rank, self.initialisation, exact)
+        if self.initialisation == "qpissa":
+            side.start(*qpissa(served, exact, rank, side.scaling))
+        else:
+            side.start(*loftq(served, exact, rank, side.scaling, self.loftq_steps))
 
     def _delta(
         self, backbone: Backbone, weight: Weight, rank: int, scaling: float, random: torch.Generator
     ) -> LoRADelta:
         kind = DoRADelta if self.dora else LoRADelta
         parameter = backbone.model.get_parameter(weight.owners[0])
-        return kind(parameter, weight.experts, rank, scaling, self.initialisation, random, self.lora_plus_ratio)
+        return kind(parameter, weight.experts, rank, scaling, self._start, random, self.lora_plus_ratio)
 
     def _check_embedding(self, weight: Weight) -> None:
-        if self.dora or self.initialisation in ("pissa", "olora"):
+        if self.dora or self._start in ("pissa", "olora"):
             raise ConfigurationError(
                 f"{'dora' if self.dora else self.initialisation} on the embedding {weight.name}",
                 expected="a plain LoRA on embeddings",
@@ -181,6 +236,13 @@ class LoRASide(Side):
             nn.init.normal_(self.lora_A.weight, std=1 / rank, generator=random)
         else:
             nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5), generator=random)
+
+    @torch.no_grad()
+    def start(self, b: Tensor, a: Tensor, codes: Codes | None = None) -> None:
+        """Start from these factors; `codes` are for those that have a place for them."""
+        assert codes is None
+        self.lora_B.weight.copy_(b)
+        self.lora_A.weight.copy_(a)
 
     def update(self, inputs: Tensor) -> Tensor:
         """s B A x."""
@@ -226,9 +288,9 @@ class ResidualLoRASide(LoRASide):
         lora_plus_ratio: float = 1.0,
     ) -> None:
         super().__init__(served, rank, scaling, "default", random, dropout=dropout, lora_plus_ratio=lora_plus_ratio)
-        decompose = _principal if initialisation == "pissa" else _orthogonal
+        decompose = principal if initialisation == "pissa" else orthogonal
         b, a = decompose(matrix(served).float().cpu(), rank, scaling)
-        _check_rank(a.shape == self.lora_A.weight.shape, rank, initialisation, matrix(served))
+        check_rank(a.shape == self.lora_A.weight.shape, rank, initialisation, matrix(served))
         with torch.no_grad():
             self.lora_A.weight.copy_(a)
             self.lora_B.weight.copy_(b)
@@ -271,6 +333,43 @@ class ResidualLoRASide(LoRASide):
         if a.shape[0] == 2 * rank:
             self.initial_A.copy_(a[rank:])
             self.initial_B.copy_(-b[:, rank:])
+
+
+class RecodedLoRASide(LoRASide):
+    """y = Q x + (Q' - Q) x + s B A x: other codes Q' in place of the layer's Q, which stay where they are.
+
+    It costs the memory of the codes once more, and a product. Saved are Q', beside A and B.
+    """
+
+    def __init__(self, served: nn.Module, *args: Any, **options: Any) -> None:
+        super().__init__(served, *args, **options)
+        self.own, self.recoded = Codes(served), Codes.made_of(matrix(served), served)
+
+    def start(self, b: Tensor, a: Tensor, codes: Codes | None = None) -> None:
+        """Start from these factors and codes."""
+        super().start(b, a)
+        assert codes is not None
+        self.recoded = codes
+
+    def update(self, inputs: Tensor) -> Tensor:
+        """(Q' - Q) x + s B A x."""
+        other: Tensor = Difference.apply(inputs, self.recoded, self.own)  # type: ignore[no-untyped-call]
+        return other + super().update(inputs)
+
+    def matrix_delta(self) -> Tensor:
+        """Q' - Q + s B A."""
+        return difference(self.recoded, self.own) + super().matrix_delta()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors, codes and scales."""
+        return {**super().tensors(), "codes": self.recoded.codes, "scales": self.recoded.scales}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take all of them back."""
+        super().load(tensors)
+        self.recoded.codes.copy_(tensors["codes"])
+        self.recoded.scales.copy_(tensors["scales"])
 
 
 class DoRASide(LoRASide):
@@ -332,10 +431,10 @@ class LoRADelta(WeightDelta):
 
     def _start_from(self, weight: Tensor, initialisation: str) -> None:
         """PiSSA or OLoRA: the start is kept and taken off again, so that W stays as it was."""
-        decompose = _principal if initialisation == "pissa" else _orthogonal
+        decompose = principal if initialisation == "pissa" else orthogonal
         rank = self.lora_A.weight.shape[-2]
         b, a = decompose(self.matrices(weight.detach()).float().cpu(), rank, self.scaling)
-        _check_rank(a.shape == self.lora_A.weight.shape, rank, initialisation, weight)
+        check_rank(a.shape == self.lora_A.weight.shape, rank, initialisation, weight)
         with torch.no_grad():
             self.lora_A.weight.copy_(a)
             self.lora_B.weight.copy_(b)
@@ -421,24 +520,3 @@ def like_weight(served: nn.Module, matrix_delta: Tensor) -> Tensor:
 def matrices(weight: Tensor, experts: int) -> Tensor:
     """A weight that is read: (out, everything else), or an expert tensor (experts, d1, d2) as it is."""
     return weight if experts else weight.flatten(1)
-
-
-def _check_rank(fits: bool, rank: int, initialisation: str, weight: Tensor) -> None:
-    if not fits:
-        raise ConfigurationError(
-            f"rank={rank} on a weight of shape {tuple(weight.shape)} with {initialisation}",
-            expected=f"a rank of at most {min(weight.shape)}",
-        )
-
-
-def _principal(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """PiSSA: W = U S V^T; B0 = U sqrt(S / s), A0 = sqrt(S / s) V^T over the `rank` largest singular values."""
-    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    root = torch.sqrt(s[..., :rank] / scaling)
-    return u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
-
-
-def _orthogonal(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """OLoRA: W = Q R; B0 = Q[:, :rank], A0 = R[:rank]."""
-    q, r = torch.linalg.qr(weight)
-    return q[..., :rank], r[..., :rank, :]

@@ -42,6 +42,9 @@ def write_peft_config(lora: LoRA, injection: Injection, directory: Path) -> None
     if deltas:
         logger.warning("PEFT cannot open %s (lightsft can): %s is read without a layer", directory, deltas[0])
         return
+    if lora.makes_codes:
+        logger.warning("PEFT cannot open %s (lightsft can): it holds codes of its own", directory)
+        return
     if parts or any_tied(injection, whole):
         reason = f"{parts[0]} is trained without the rest of its module" if parts else "a trained weight is tied"
         logger.warning("PEFT cannot open %s (lightsft can): %s", directory, reason)
