@@ -164,6 +164,15 @@ def _labels(value: Any) -> Any:
     return value
 
 
+def _pairs(value: Any) -> Any:
+    """A mapping as `key=value,key=value`."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={part}" for key, part in value.items())
+    if isinstance(value, str) and not all("=" in part for part in split_list(value)):
+        raise ValueError("options are written as key=value, separated by commas")
+    return value
+
+
 def _text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
@@ -235,7 +244,9 @@ class TrainConfig(BaseModel):
     max_gradient_norm: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
     optimizer: str = "adamw_torch"
-    """Optimizer, by transformers' name."""
+    """Optimizer, by transformers' name: adamw_torch, adamw_8bit, adafactor, galore_adamw, ..."""
+    optimizer_options: Annotated[str | None, BeforeValidator(_pairs)] = None
+    """Options of the optimizer that transformers reads: rank=64,scale=0.25"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     early_stopping: Count | None = None

@@ -23,6 +23,7 @@ from lightsft.dry_run import text_config
 from lightsft.errors import ConfigurationError
 from lightsft.injection import ActsBetweenSteps, Injection, Strategy
 from lightsft.tasks import Task, task
+from lightsft.training.optimizers import require_usable
 from lightsft.training.trainer import Trainer
 
 
@@ -39,6 +40,7 @@ def prepare(config: TrainConfig) -> Prepared:
     """Read and check the data, find the labels, split. Nothing heavy: every error about data comes from here."""
     _require_known("scheduler", config.scheduler, SchedulerType)
     _require_known("optimizer", config.optimizer, OptimizerNames)
+    require_usable(config.optimizer, config.optimizer_options, choose_device(config.device))
     rows = read_rows(config.data, encoding=config.encoding)
     chosen = _task(config, rows)
     chosen.check(rows, config.data)
@@ -180,6 +182,7 @@ def build_trainer(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_gradient_norm,
         optim=config.optimizer,
+        optim_args=config.optimizer_options,
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,

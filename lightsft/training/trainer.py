@@ -24,6 +24,7 @@ from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.injection import Injection
 from lightsft.tasks.base import Metrics, Task
+from lightsft.training.optimizers import classes_in_state, forget_overrides, recipe
 
 
 class Encoded(Dataset[dict[str, Any]]):
@@ -124,11 +125,42 @@ class Trainer(transformers.Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args`, with the strategy's learning-rate ratios as groups of their own (LoRA+)."""
-        fresh = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if fresh:
-            self._split_by_ratio(optimizer)
+        optimizer: torch.optim.Optimizer
+        if self.optimizer is not None:
+            optimizer = super().create_optimizer(model)
+            return optimizer
+        given: Any = self.optimizer_cls_and_kwargs  # type: ignore[has-type]
+        projection: dict[str, Any] = {}
+        if given is None:
+            made = recipe(self.args)
+            self.optimizer_cls_and_kwargs, projection = (made.kind, made.options), made.projection
+        forget_overrides()
+        optimizer = super().create_optimizer(model)
+        self.optimizer_cls_and_kwargs = given
+        if projection:
+            self._project(optimizer, projection)
+        self._split_by_ratio(optimizer)
         return optimizer
+
+    def _project(self, optimizer: torch.optim.Optimizer, projection: dict[str, Any]) -> None:
+        """Give the matrices that are larger than the rank their own groups: GaLore and APOLLO project these alone."""
+        rank = int(projection["rank"])
+        tables = {id(module.weight) for module in self.injection.model.modules() if isinstance(module, nn.Embedding)}
+        trained = [p for p in self.injection.parameters() if p.ndim == 2 and id(p) not in tables]
+        matrices = {id(p) for p in trained if min(p.shape) > rank}
+        if not matrices:
+            widest = max((min(p.shape) for p in trained), default=0)
+            raise ConfigurationError(
+                f"{self.args.optim.value} projects gradients to rank {rank}, and no matrix that "
+                f"{type(self.injection.strategy).__name__} trains is larger (the widest has {widest})",
+                expected="a strategy that trains weights of the backbone (full), or a smaller rank",
+                todo="take adamw_torch or adamw_8bit with this strategy"
+                + (f", or optimizer_options: rank={widest // 2}" if widest > 1 else ""),
+            )
+        for group in list(optimizer.param_groups):
+            chosen = [p for p in group["params"] if id(p) in matrices]
+            if chosen:
+                _move(optimizer, group, chosen, **projection)
 
     def _split_by_ratio(self, optimizer: torch.optim.Optimizer) -> None:
         named = self.injection.named_parameters()
@@ -136,8 +168,11 @@ class Trainer(transformers.Trainer):
         for group in list(optimizer.param_groups):
             for ratio in sorted({ratios.get(id(p), 1.0) for p in group["params"]} - {1.0}):
                 faster = [p for p in group["params"] if ratios.get(id(p)) == ratio]
-                group["params"] = [p for p in group["params"] if ratios.get(id(p)) != ratio]
-                optimizer.add_param_group({**group, "params": faster, "lr": group["lr"] * ratio})
+                _move(optimizer, group, faster, lr=group["lr"] * ratio)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with torch.serialization.safe_globals(classes_in_state(self.optimizer)):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- evaluation
 
@@ -193,6 +228,13 @@ def _passing_for_trainable(model: Any) -> Iterator[None]:
         yield
     finally:
         model._hf_peft_config_loaded = before
+
+
+def _move(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: list[nn.Parameter], **own: Any) -> None:
+    """Take parameters out of a group, into one that differs from it in `own`."""
+    moved = {id(p) for p in parameters}
+    group["params"] = [p for p in group["params"] if id(p) not in moved]
+    optimizer.add_param_group({**group, "params": parameters, **own})
 
 
 def _by_length(dataset: Encoded | None) -> Encoded | None:
