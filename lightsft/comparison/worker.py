@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -79,7 +80,7 @@ class Worker:
 
     def _result(self, process: subprocess.Popen[str], on_event: Callable[[Event], None]) -> Any:
         assert process.stdout is not None
-        for line in process.stdout:
+        for line in _lines(process.stdout):
             event = json.loads(line)
             if event["event"] == "result":
                 return event["result"]
@@ -124,6 +125,22 @@ class Worker:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
         self._process = None
+
+
+def _lines(stream: IO[str]) -> Iterator[str | bytes]:
+    """Lines as they come. The wait is taken up again each second: a Ctrl-C right before it would end no endless one."""
+    if os.name != "posix":  # where pipes cannot be waited for
+        yield from stream
+        return
+    unfinished = b""
+    while True:
+        if not select.select([stream.fileno()], [], [], 1.0)[0]:
+            continue
+        chunk = os.read(stream.fileno(), 1 << 16)
+        if not chunk:
+            return
+        *lines, unfinished = (unfinished + chunk).split(b"\n")
+        yield from lines
 
 
 def serve() -> None:
