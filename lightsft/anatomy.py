@@ -17,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lightsft.dry_run import text_config
-from lightsft.trace import Trace, nearest_called
+from lightsft.quantization import is_quantized, quantized_layers, quantized_shape
+from lightsft.trace import Trace, meta_copy, nearest_called
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -100,7 +101,12 @@ class Anatomy:
 
 
 def read_anatomy(model: PreTrainedModel, fresh: frozenset[str] = frozenset(), seen: Trace | None = None) -> Anatomy:
-    """Derive the roles from the module tree and the trace. `fresh` names parameters the checkpoint did not hold."""
+    """Derive the roles from the module tree and the trace. `fresh` names parameters the checkpoint did not hold.
+
+    Those of a quantized model are read off the plain one it stands for, so weights have the names that they have there.
+    """
+    if quantized_layers(model):
+        model = meta_copy(model)
     stacks = tuple(find_blocks(model))
     blocks = [name for stack in stacks for name in stack]
     head = head_parameters(model) | fresh
@@ -132,14 +138,16 @@ def enclosing(name: str, among: Container[str]) -> str | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear and its subclasses (bitsandbytes' among them), and GPT-2's Conv1D, whose weight is transposed."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """nn.Linear and its subclasses, GPT-2's Conv1D, whose weight is transposed, and quantized layers of any class."""
+    return isinstance(module, nn.Linear | Conv1D) or is_quantized(module)
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer, however its weight is stored."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
+    if is_quantized(layer):
+        return quantized_shape(layer)
     weight = layer.weight
     assert isinstance(weight, Tensor)
     outputs, inputs = weight.T.shape if isinstance(layer, Conv1D) else weight.shape
@@ -148,7 +156,8 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 
 def is_layer(module: nn.Module) -> bool:
     """A linear layer or a convolution that owns its weight (one under weight normalisation does not)."""
-    return isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS)) and "weight" in module._parameters
+    owns = isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS)) and "weight" in module._parameters
+    return owns or is_quantized(module)
 
 
 # ---- blocks and head

@@ -256,11 +256,11 @@ class Backbone:
 
     def _matrices(self) -> Iterator[tuple[str, Tensor | nn.Module]]:
         """The matrices in the model's order: floating-point parameters, and the quantized layers that hold others."""
-        quantized = {f"{name}.weight": layer for name, layer in quantized_layers(self.model).items()}
+        layers = quantized_layers(self.model)
         for name, parameter in self.model.named_parameters():
-            if name not in quantized and parameter.ndim >= 2 and parameter.is_floating_point():
+            if name.rpartition(".")[0] not in layers and parameter.ndim >= 2 and parameter.is_floating_point():
                 yield name, parameter
-        yield from quantized.items()
+        yield from ((f"{name}.weight", layer) for name, layer in layers.items())
 
     def differences(self, sketch: dict[str, list[float]]) -> list[str]:
         """How this backbone differs from the one that `sketch` was taken of; empty when it is the same."""

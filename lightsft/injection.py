@@ -204,8 +204,11 @@ class Injection:
         anatomy = self.backbone.anatomy
         added = {id(parameter) for parameter in self._added()}
         tables = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
-        quantized = {f"{name}.weight": matrix_size(layer) for name, layer in quantized_layers(self.model).items()}
-        listed = {n: p.numel() for n, p in self.model.named_parameters() if p.ndim >= 2 and id(p) not in added | tables}
+        layers = quantized_layers(self.model)
+        quantized = {f"{name}.weight": matrix_size(layer) for name, layer in layers.items()}
+        codes = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
+        left = added | tables | codes
+        listed = {n: p.numel() for n, p in self.model.named_parameters() if p.ndim >= 2 and id(p) not in left}
         for name, size in {**listed, **quantized}.items():
             if "lightsft" not in name and anatomy.in_blocks(name) and name not in anatomy.head:
                 yield name, size

@@ -21,6 +21,7 @@ from lightsft.dry_run import candidate_inputs, evaluating, predictions, training
 from lightsft.errors import InjectionError
 from lightsft.injection import Injection
 from lightsft.primitives import Primitive, Unfreezing
+from lightsft.quantization import without_gradient
 from lightsft.seeding import generator
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def probe(injection: Injection) -> None:
     seen = injection.backbone.anatomy.trace
     if model.device.type == "meta" or example is None or seen is None:
         return
+    _check_quantized_layers(injection)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(_nudged(injection))
@@ -51,6 +53,19 @@ def probe(injection: Injection) -> None:
                 expected="an output that changes when trainable tensors do",
                 todo="choose other targets",
             )
+
+
+def _check_quantized_layers(injection: Injection) -> None:
+    """Refuse formats made for inference alone; a new head on top needs no gradient through them."""
+    if not _own(injection):
+        return
+    for name, problem in without_gradient(injection.model).items():
+        layer = injection.model.get_submodule(name)
+        raise InjectionError(
+            f"{name}, a {type(layer).__name__} in {injection.backbone.quantization}, {problem}",
+            expected="quantized layers that can be trained beside: bitsandbytes, weight-only torchao, GPTQ, AWQ or HQQ",
+            todo="load it dequantized if its configuration has that option, or the original with quantization='nf4'",
+        )
 
 
 def _step(injection: Injection, example: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Tensor]]:

@@ -6,6 +6,10 @@ the layer multiplies with in training, to the last bit: a strategy was trained b
 bitsandbytes repacks 4-bit weights in place on the first evaluation on CPUs with AVX512-BF16. The repacked layer rounds
 its scales to 16 bits, computes another function than in training, and passes no gradient on to its input, in training
 mode too. `keep_codes` undoes it and keeps it from happening.
+
+Models that other libraries quantized come in three forms: layers of a class of their own, whose codes have names of
+their own (GPTQ, AWQ, HQQ, packed GGUF); nn.Linear with a weight that is a tensor subclass (torchao, quanto); nn.Linear
+with a `quantization_scheme` and a `forward` of its own (compressed-tensors).
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ import copy
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,13 +29,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightsft.errors import ConfigurationError
+from lightsft.errors import ConfigurationError, MergeError
 
 if TYPE_CHECKING:
     from lightsft.anatomy import Anatomy
 
 SCHEMES = ("int8", "nf4", "fp4")
 ROWS_AT_ONCE = 1024  # unit vectors that a layer without a known format is asked for
+PROBED_ROWS, SIMILAR = 16, 0.9  # directions in which a layer's gradient is compared with its output, cosine
+SHAPES = (("out_features", "in_features"), ("outfeatures", "infeatures"))  # attributes of linear layers
+LIBRARIES = {  # package of a layer, or of its weight -> what users call the format
+    "torchao": "torchao",
+    "optimum": "quanto",
+    "hqq": "hqq",
+    "gptqmodel": "gptq",
+    "auto_gptq": "gptq",
+    "awq": "awq",
+    "compressed_tensors": "compressed-tensors",
+}
 
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
@@ -90,19 +107,51 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether it is a linear layer without a floating-point weight of its shape (whichever library made it)."""
-    shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-    if not all(isinstance(size, int) for size in shape):
+    """Whether it is a linear layer without a floating-point weight of its shape (whichever library made it).
+
+    One that rounds its weight, or its input, while it computes is quantized too, though its weight looks plain.
+    """
+    shape = features(module)
+    if shape is None:
         return False
+    if getattr(module, "quantization_scheme", None) is not None:
+        return True
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and is_plain(weight) and tuple(weight.shape) == shape:
         return False
     return isinstance(module, nn.Linear) or any(True for _ in _codes(module))
 
 
+def features(module: nn.Module) -> tuple[int, int] | None:
+    """(outputs, inputs) that a layer says it has, under the names that libraries give them."""
+    for names in SHAPES:
+        outputs, inputs = (getattr(module, name, None) for name in names)
+        if isinstance(outputs, int) and isinstance(inputs, int):
+            return outputs, inputs
+    return None
+
+
+def quantized_shape(layer: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a quantized layer."""
+    shape = features(layer)
+    assert shape is not None
+    return shape
+
+
 def is_plain(weight: Tensor) -> bool:
     """An ordinary tensor of 16 bits or more, not a subclass that hides codes."""
     return type(weight.data) is Tensor and weight.is_floating_point() and weight.dtype.itemsize >= 2
+
+
+def parameter_names(module: nn.Module) -> set[str]:
+    """Of the backbone's parameters in a module, without what was placed there; the weights that codes stand for too."""
+    own = {name for name, _ in module.named_parameters() if "lightsft" not in name}
+    return own | {f"{name}.weight".lstrip(".") for name in quantized_layers(module)}
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where its parameters are, or its buffers: packed layers have nothing else."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
 
 
 def _codes(module: nn.Module) -> Iterator[Tensor]:
@@ -144,7 +193,32 @@ def _describe_layer(layer: nn.Module) -> str:
         return str(Quantization(state.quant_type, bool(nested)))
     if hasattr(weight, "SCB"):
         return "int8"
-    return type(weight.data if isinstance(weight, nn.Parameter) else layer).__name__
+    return " ".join(_words_of_another(layer))
+
+
+def _words_of_another(layer: nn.Module) -> Iterator[str]:
+    """`hqq 4 bits, groups of 64 (HQQLinear)`: the format, what is known of it, and the class that holds the codes."""
+    weight, scheme = getattr(layer, "weight", None), getattr(layer, "quantization_scheme", None)
+    held = weight.data if isinstance(weight, Tensor) and type(weight.data) is not Tensor else layer
+    package = type(scheme if scheme is not None else held).__module__.partition(".")[0]
+    if package in LIBRARIES:
+        yield LIBRARIES[package]
+    arguments = getattr(scheme, "weights", None)
+    meta = getattr(layer, "meta", None)
+    found: dict[str, Any] = {**meta} if isinstance(meta, dict) else {}
+    bits = _first_int(found.get("nbits"), getattr(layer, "bits", None), getattr(arguments, "num_bits", None))
+    group = _first_int(
+        found.get("group_size"), getattr(layer, "group_size", None), getattr(arguments, "group_size", None)
+    )
+    words = [f"{bits} bits"] if bits else []
+    words += [f"groups of {group}"] if group and group > 0 else []
+    if words:
+        yield ", ".join(words)
+    yield f"({type(held).__name__})" if words or package in LIBRARIES else type(held).__name__
+
+
+def _first_int(*values: Any) -> int | None:
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 # ---- what the codes mean
@@ -167,7 +241,24 @@ def dequantized(layer: nn.Module) -> Tensor:
         return _from_4_bits(layer)
     if hasattr(weight, "SCB"):
         return _from_8_bits(layer)
+    if isinstance(weight, Tensor) and _computes_with_its_weight(layer):
+        return _from_subclass(weight)
     return _from_unit_vectors(layer)
+
+
+def _computes_with_its_weight(layer: Any) -> bool:
+    """Whether its output is that of nn.Linear with the weight it holds, whose class then says what that stands for."""
+    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+        return False
+    held = layer.weight.data
+    return type(held).dequantize is not Tensor.dequantize and getattr(held, "act_pre_scale", None) is None
+
+
+def _from_subclass(weight: Any) -> Tensor:
+    """What the tensor says it stands for, in fp32 where it can."""
+    with suppress(TypeError):
+        return weight.data.dequantize(output_dtype=torch.float32).float()  # type: ignore[no-any-return]
+    return weight.data.dequantize().float()  # type: ignore[no-any-return]
 
 
 def _from_4_bits(layer: Any) -> Tensor:
@@ -187,17 +278,87 @@ def _from_8_bits(layer: Any) -> Tensor:
 
 def _from_unit_vectors(layer: Any) -> Tensor:
     """Of any format: what the layer makes of the unit vectors, less its bias. To the precision it computes in."""
-    dtype = next((t.dtype for t in layer.parameters() if t.is_floating_point() and t.dtype.itemsize >= 2), None)
-    device = next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
-    found = []
-    bias = getattr(layer, "bias", None)
-    for start in range(0, layer.in_features, ROWS_AT_ONCE):
-        end = min(start + ROWS_AT_ONCE, layer.in_features)
-        units = torch.zeros(end - start, layer.in_features, dtype=dtype or torch.float32, device=device)
-        units[:, start:end].fill_diagonal_(1)
-        columns = type(layer).forward(layer, units).float()
-        found.append(columns if bias is None else columns - bias.float())
+    inputs, found = quantized_shape(layer)[1], []
+    with _in_training(layer):
+        nothing = _accepted_zeros(layer)
+        shift = layer.forward(nothing).float()
+        for start in range(0, inputs, ROWS_AT_ONCE):
+            end = min(start + ROWS_AT_ONCE, inputs)
+            units = nothing.new_zeros(end - start, inputs)
+            units[:, start:end].fill_diagonal_(1)
+            found.append(layer.forward(units).float() - shift)
     return torch.cat(found).T.contiguous()
+
+
+@contextmanager
+def _in_training(layer: nn.Module) -> Iterator[None]:
+    """Within it, the layer takes itself to be trained: many use another kernel then."""
+    before, layer.training = layer.training, True
+    try:
+        yield
+    finally:
+        layer.training = before
+
+
+@torch.no_grad()
+def _accepted_zeros(layer: Any) -> Tensor:
+    """Zeros (1, in) in a floating-point type that the layer takes: that of its own tensors, or another."""
+    tensors = (*layer.parameters(), *layer.buffers())
+    own = [t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize >= 2]
+    said = [getattr(layer, name, None) for name in ("compute_dtype", "dtype")]
+    own += [dtype for dtype in said if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
+    refused = []
+    for dtype in dict.fromkeys([*own, torch.float32, torch.bfloat16, torch.float16]):
+        zeros = torch.zeros(1, quantized_shape(layer)[1], dtype=dtype, device=device_of(layer))
+        try:
+            layer.forward(zeros)
+        except Exception as error:  # whatever a kernel raises on a type that it is not made for
+            refused.append(error)
+        else:
+            return zeros
+    raise refused[0]
+
+
+# ---- what can be trained beside
+
+
+def without_gradient(model: nn.Module) -> dict[str, str]:
+    """Of each kind of quantized layer whose input gets no gradient, or a wrong one: its first layer, and what happens.
+
+    Right means that the gradient predicts how the output changes between two inputs, as of a linear map it must.
+    """
+    first: dict[tuple[type, str], str] = {}
+    layers = quantized_layers(model)
+    for name, layer in layers.items():
+        first.setdefault((type(layer), _describe_layer(layer)), name)
+    found = {name: _gradient_problem(layers[name]) for name in first.values()}
+    return {name: problem for name, problem in found.items() if problem is not None}
+
+
+def _gradient_problem(layer: Any) -> str | None:
+    draw = torch.Generator().manual_seed(0)
+    with _in_training(layer), torch.enable_grad():
+        try:
+            zeros = _accepted_zeros(layer)
+            start, end = (
+                torch.randn(PROBED_ROWS, zeros.shape[-1], generator=draw).to(zeros).requires_grad_() for _ in range(2)
+            )
+            output = layer.forward(start)
+            weights = torch.randn(output.shape, generator=draw).to(output)
+            if not output.requires_grad:
+                return "passes no gradient to its input"
+            gradient = torch.autograd.grad(output, start, weights, allow_unused=True)[0]
+        except Exception as error:  # kernels without a derivative say so in many ways
+            return f"fails in training ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+        if gradient is None or not bool(gradient.any()):
+            return "passes no gradient to its input"
+        with torch.no_grad():
+            change = ((layer.forward(end) - output) * weights).float().sum(-1)
+            predicted = (gradient * (end - start)).float().sum(-1)
+    similarity = float(torch.nn.functional.cosine_similarity(change, predicted, dim=0))
+    if similarity > SIMILAR:
+        return None
+    return f"passes a wrong gradient to its input (cosine {similarity:.2f} with the change of its output)"
 
 
 def _is_repacked(layer: nn.Module) -> bool:
@@ -215,7 +376,12 @@ def _unpacked(layer: Any) -> tuple[Tensor, Any]:
 
 
 def keep_codes(model: nn.Module) -> None:
-    """Keep 4-bit codes in the order they are stored in, in evaluation too; what is repacked is put back in order."""
+    """Keep 4-bit codes in the order they are stored in, in evaluation too; what is repacked is put back in order.
+
+    compressed-tensors unpacks a whole model on its first pass; that is done here, before anything looks at its layers.
+    """
+    if hasattr(model, "ct_decompress_hook"):
+        _unpack(model)
     layer: Any
     for layer in quantized_layers(model).values():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -223,6 +389,12 @@ def keep_codes(model: nn.Module) -> None:
         if _is_repacked(layer):
             layer.weight.data, layer.weight.quant_state = _unpacked(layer)
             layer.quant_state = layer.weight.quant_state
+
+
+def _unpack(model: Any) -> None:
+    """What the first pass would do; parameters are then kept in ordinary dictionaries again, which can be copied."""
+    model._forward_pre_hooks[model.ct_decompress_hook.id](model, ())
+    import_module("compressed_tensors.offload").remove_dispatch(model, onload_tensors=True)
 
 
 # ---- plain layers in their place, and back
@@ -273,7 +445,7 @@ def make_quantized(layer: nn.Module, before: Mapping[str, Any]) -> None:
 
 def plain_layer(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
     """The layer that a quantized one stands for, on the meta device: nn.Linear, or GPT-2's Conv1D."""
-    inputs, outputs = int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+    outputs, inputs = quantized_shape(layer)
     has_bias = isinstance(getattr(layer, "bias", None), Tensor)
     with torch.device("meta"):
         if getattr(layer, "source_cls", None) is Conv1D:
@@ -284,10 +456,18 @@ def plain_layer(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
 
 def _become(layer: nn.Module, kind: type, attributes: Mapping[str, Any]) -> None:
     """Another class and other values; what was placed on the layer, its hooks and its mode are kept."""
-    own = layer.__dict__
+    own, before = layer.__dict__, type(layer)
+    try:
+        layer.__class__ = kind
+    except TypeError as error:  # a class that is laid out in memory in another way, as quanto's
+        raise MergeError(
+            f"{before.__module__}.{before.__qualname__} cannot be made a plain layer in place",
+            expected="layers of bitsandbytes, torchao, GPTQ, HQQ or compressed-tensors",
+            todo="keep the adapter beside the quantized model, or load the adapter onto the model in floating point "
+            "with lightsft.load(..., other_quantization=True), which is not what was trained",
+        ) from error
     hooks = {name: value for name, value in own.items() if name.startswith(("_forward", "_backward"))}
     kept = {**hooks, "_modules": own["_modules"], "training": own["training"]}
-    layer.__class__ = kind
     own.clear()
     own.update({**attributes, **kept})
 
@@ -370,4 +550,4 @@ def _bitsandbytes() -> Any:
 
 def matrix_size(layer: nn.Module) -> int:
     """How many weights the matrix of a linear layer has, however many numbers it is stored in."""
-    return math.prod((int(layer.in_features), int(layer.out_features)))  # type: ignore[arg-type]
+    return math.prod(quantized_shape(layer))

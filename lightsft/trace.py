@@ -118,8 +118,12 @@ def meta_copy(model: ModelType) -> ModelType:
     A quantized layer becomes the plain one that it stands for.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    memo: dict[int, Any] = {id(layer): plain_layer(layer, dtype) for layer in quantized_layers(model).values()}
+    quantized = quantized_layers(model).values()
+    memo: dict[int, Any] = {id(layer): plain_layer(layer, dtype) for layer in quantized}
+    codes = {id(tensor) for layer in quantized for tensor in (*layer.parameters(), *layer.buffers())}
     for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) in codes:
+            continue
         empty = torch.empty_like(tensor, device="meta")
         is_weight = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty

@@ -23,6 +23,7 @@ from lightsft.backbone import Backbone
 from lightsft.dataflow import read_dataflow
 from lightsft.roles import find_norms
 from lightsft.sublayers import find_sublayers
+from lightsft.trace import meta_copy
 
 WRITES = "writes the residual stream"
 
@@ -49,12 +50,14 @@ class Node:
 
 def read_tree(backbone: Backbone) -> Node:
     """The tree of the whole model; modules without parameters are left out."""
-    return _Reader(backbone).node("", "", backbone.model, "")
+    reader = _Reader(backbone)
+    return reader.node("", "", reader.model, "")
 
 
 class _Reader:
     def __init__(self, backbone: Backbone) -> None:
-        self.backbone, self.model, self.anatomy = backbone, backbone.model, backbone.anatomy
+        self.backbone, self.anatomy = backbone, backbone.anatomy
+        self.model = backbone.model if backbone.quantization is None else meta_copy(backbone.model)
         self.head = backbone.head
         self.blocks = {block for stack in self.anatomy.blocks for block in stack}
         self.norms = {norm.name for norm in find_norms(backbone)}
@@ -78,7 +81,7 @@ class _Reader:
         return Node(
             name=name,
             role=role,
-            kind=type(module).__name__,
+            kind=type(self.backbone.module(path)).__name__,
             parameters=sum(own.values()) + sum(child.count * child.parameters for child in children),
             shape=() if children or loose else self.shape(path, module),
             notes=self.notes(path, module),

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightsft import Backbone, Injection, injecting
-from lightsft.anatomy import CONVOLUTIONS, Weight
+from lightsft.anatomy import CONVOLUTIONS, Weight, linear_shape
 from lightsft.artifact import PEFT_SETTINGS
 from lightsft.dataflow import Dataflow, Hidden, feature_axis, is_served, read_dataflow
 from lightsft.errors import ArtifactError, InjectionError, TargetError
 from lightsft.files import write_json
 from lightsft.primitives import Part, PlacedPart, PlacedSide, Side, WeightDelta
 from lightsft.primitives.base import Change, drop_hook
-from lightsft.quantization import plain_twin, unquantize
+from lightsft.quantization import device_of, parameter_names, plain_twin, unquantize
 from lightsft.roles import find_biases
 from lightsft.targets import resolve_layers
 from lightsft_adapters.checks import one_of
@@ -165,7 +165,7 @@ def _scale_inputs(injection: Injection, weight: Weight, hidden: Hidden) -> None:
 def _input_size(layer: Any) -> int:
     if isinstance(layer, CONVOLUTIONS):
         return int(layer.in_channels)
-    return int(layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.in_features)
+    return linear_shape(layer)[1]
 
 
 # ---- the vectors
@@ -293,7 +293,7 @@ class PlacedInputScale(PlacedPart):
         served = self.served
         if INPUT_SCALE in served._modules:
             raise InjectionError(f"the input of {name} is already scaled", expected="one (IA)^3 per layer")
-        scale.to(next(served.parameters()).device)
+        scale.to(device_of(served))
         served.add_module(INPUT_SCALE, scale.train(served.training))
         served.register_forward_pre_hook(scale_input, with_kwargs=True)
 
@@ -316,8 +316,8 @@ class PlacedInputScale(PlacedPart):
         return all(type(self.served).forward is kind.forward for kind in kinds)
 
     def covers(self) -> set[str]:
-        """The parameters of the layer."""
-        return {f"{self.name}.{name}" for name, _ in self.served.named_parameters() if "lightsft" not in name}
+        """The parameters of the layer; of a quantized one the weight that its codes stand for."""
+        return {f"{self.name}.{name}" for name in parameter_names(self.served)}
 
     @torch.no_grad()
     def changes(self) -> Iterator[Change]:

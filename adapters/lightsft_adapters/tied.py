@@ -43,7 +43,9 @@ def check_untied(backbone: Backbone, weight: Weight) -> None:
 
 
 def _is_tied_to_embeddings(backbone: Backbone, weight: Weight) -> bool:
+    if len(weight.owners) < 2:
+        return False
     model = backbone.model
     ends = [module for module in (input_embeddings(model), model.get_output_embeddings()) if module is not None]
     shared = model.get_parameter(weight.owners[0])
-    return len(weight.owners) > 1 and any(shared is p for module in ends for p in module.parameters())
+    return any(shared is p for module in ends for p in module.parameters())

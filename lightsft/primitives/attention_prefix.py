@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lightsft.errors import InjectionError
 from lightsft.primitives.base import Part, PlacedPart, drop_hook
 from lightsft.primitives.prefix_mixing import PrefixMixing
+from lightsft.quantization import device_of, parameter_names
 
 PREFIX = "lightsft_prefix"
 _REGISTERED = "lightsft_prefix_"
@@ -50,7 +51,7 @@ class PlacedPrefix(PlacedPart):
         attention = self.attention
         if PREFIX in attention._modules:
             raise InjectionError(f"{name} already carries a prefix", expected="one prefix per attention")
-        prefix.to(next(attention.parameters()).device)
+        prefix.to(device_of(attention))
         attention.add_module(PREFIX, prefix.train(attention.training))
         self._connect()
 
@@ -84,7 +85,7 @@ class PlacedPrefix(PlacedPart):
 
     def covers(self) -> set[str]:
         """The parameters of the attention it extends."""
-        return {f"{self.name}.{n}" for n, _ in self.attention.named_parameters() if not n.startswith(PREFIX)}
+        return {f"{self.name}.{name}" for name in parameter_names(self.attention)}
 
     def remove(self) -> None:
         """Take the prefix off."""

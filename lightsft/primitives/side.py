@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightsft.dry_run import tensors_in
 from lightsft.primitives.base import Change, Part, PlacedPart, drop_hook, free_name
-from lightsft.quantization import plain_twin, unquantize
+from lightsft.quantization import device_of, parameter_names, plain_twin, unquantize
 
 SIDE, TAP = "lightsft_side", "lightsft_tap"
 
@@ -46,9 +46,9 @@ class PlacedSide(PlacedPart):
     def __init__(self, model: nn.Module, name: str, side: Side, reads: str | None = None) -> None:
         self.name, self.reads, self.model = name, reads, model
         served = self.served
-        reference = next((parameter for parameter in served.parameters()), None)
-        if reference is not None:
-            side.to(reference.device)
+        device = device_of(served)
+        if device is not None:
+            side.to(device)
         if not sides_of(served, SIDE):
             served.register_forward_hook(run_sides, with_kwargs=True)
         self.child = free_name(served, SIDE)
@@ -78,8 +78,8 @@ class PlacedSide(PlacedPart):
         return self.side
 
     def covers(self) -> set[str]:
-        """The parameters of the served module."""
-        return {f"{self.name}.{name}" for name, _ in self.served.named_parameters() if not name.startswith((SIDE, TAP))}
+        """The parameters of the served module; of a quantized one the weight that its codes stand for."""
+        return {f"{self.name}.{name}" for name in parameter_names(self.served)}
 
     @torch.no_grad()
     def changes(self) -> Iterator[Change]:
