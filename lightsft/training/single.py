@@ -37,6 +37,7 @@ def train(config: SingleConfig, say: Callable[[str], None] = print) -> Trained:
     say(
         f"{config.strategy.label}: {injection.trainable_parameters:,} of {injection.total_parameters:,} parameters "
         f"trained ({share:.2%}), coverage {injection.coverage:.0%}, computing in {backbone.compute_dtype}"
+        + (f", beside weights in {backbone.quantization}" if backbone.quantization else "")
     )
     say(", ".join(f"{name} {len(rows)}" for name, rows in prepared.splits.named().items()) + " rows")
     if injection.skipped:
