@@ -54,8 +54,9 @@ def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
     device = choose_device(config.device)
     dtype = dtype_name(choose_dtype(config.dtype, device))
     send({"event": "stage", "stage": "scoring the untuned model"})
+    baselines, how = _baselines(config, prepared)
     return {
-        "baselines": _baselines(config, prepared),
+        "baselines": baselines,
         "data": {
             **{name: len(rows) for name, rows in prepared.splits.named().items()},
             "labels": list(getattr(prepared.task, "labels", ())),
@@ -70,12 +71,14 @@ def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
             "memory_bytes": psutil.virtual_memory().total,
             "device": str(device),
             "dtype": dtype,
+            **({} if how is None else {"quantization": how}),
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 
 
-def _baselines(config: RunConfig, prepared: Prepared) -> dict[str, dict[str, Metrics]]:
+def _baselines(config: RunConfig, prepared: Prepared) -> tuple[dict[str, dict[str, Metrics]], str | None]:
+    """Scores without training, and how the base is quantized."""
     backbone = load_backbone(config, prepared, None, seed=0)
     splits = {"validation": prepared.splits.validation, "test": prepared.splits.test}
     baselines = {
@@ -86,7 +89,7 @@ def _baselines(config: RunConfig, prepared: Prepared) -> dict[str, dict[str, Met
     }
     constant = {name: prepared.task.baseline(prepared.splits.train, rows) for name, rows in splits.items()}
     found = {name: metrics for name, metrics in constant.items() if metrics is not None}
-    return baselines | ({"majority": found} if found else {})
+    return baselines | ({"majority": found} if found else {}), backbone.quantization
 
 
 def trial(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:

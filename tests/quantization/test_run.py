@@ -7,6 +7,8 @@ import torch
 import transformers
 
 import lightsft
+from lightsft.comparison import jobs
+from lightsft.comparison.report.wording import machine
 from lightsft.config import SingleConfig, build
 from lightsft.export.merge import merge
 from lightsft.predict import Predictor
@@ -97,3 +99,11 @@ def test_full_runs_beside_codes_in_half_precision_on_the_command_line(strategy, 
     assert all(tensor.dtype == torch.float32 for tensor in injection.tensors().values())
     bias = injection.tensors()["bert.encoder.layer.0.attention.self.query.bias"]
     assert not torch.equal(bias, bias.bfloat16().float())  # a master that bf16 could not hold
+
+
+def test_a_comparison_says_how_its_base_is_quantized(bert, rows_csv, tmp_path):
+    values = {**single(bert, rows_csv, tmp_path / "out"), **WAYS["nf4 double"], "strategies": "lora(rank=2)"}
+    values.pop("strategy")
+    started = jobs.start({"config": values}, lambda event: None)
+    assert started["machine"]["quantization"] == NAMES["nf4 double"]
+    assert ("quantization", NAMES["nf4 double"]) in machine(started)
