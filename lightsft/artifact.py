@@ -305,12 +305,15 @@ def _check_base(directory: Path, settings: Mapping[str, Any], backbone: Backbone
 def _other_quantization(directory: Path, trained: str | None, backbone: Backbone) -> ArtifactError:
     """The strategy made up for the errors of one quantization, which another does not have."""
     how = Quantization.parse(trained)
-    options = f"quantization={how.scheme!r}, double_quantization={how.double}" if how is not None else "no quantization"
+    if how is not None:
+        way = f"load it with quantization={how.scheme!r}, double_quantization={how.double}"
+    else:
+        way = "load it without a quantization" if trained is None else "load the checkpoint that holds them so"
     return ArtifactError(
         f"{directory} was trained beside weights in {trained or 'floating point'}; this "
         f"{type(backbone.model).__name__} holds them in {backbone.quantization or 'floating point'}",
         expected=f"the same model in {trained or 'floating point'}",
-        todo=f"load it with {options}, or go on all the same with lightsft.load(..., other_quantization=True)",
+        todo=f"{way}, or go on all the same with lightsft.load(..., other_quantization=True)",
     )
 
 
