@@ -32,8 +32,7 @@ class Full:
     last_blocks: only the last so many blocks of each stack, and the head. None is all of them.
     save: "delta" writes the tensors that were trained, "checkpoint" the whole transformers model beside them.
     quantized: "skip" leaves the weights of quantized layers as codes and trains what is in floating point; "dequantize"
-        makes the chosen layers plain while they are trained, in fp32 (twice, with their optimizer state, what full
-        fine-tuning of a model that is not quantized takes for them, and the codes beside).
+        makes the chosen layers plain while they are trained, in fp32, and keeps their codes beside.
     """
 
     targets: str | Sequence[str] = "all"
