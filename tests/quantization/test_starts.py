@@ -36,6 +36,9 @@ STARTS = {
     "loftq, 3 steps": LoRA(RANK, ALPHA, initialisation="loftq", loftq_steps=3),
     "qpissa": LoRA(RANK, ALPHA, initialisation="qpissa"),
 }
+pytestmark = pytest.mark.slow
+
+
 each_start = pytest.mark.parametrize("strategy", STARTS.values(), ids=STARTS)
 
 
