@@ -292,12 +292,19 @@ def _from_unit_vectors(layer: Any) -> Tensor:
 
 @contextmanager
 def _in_training(layer: nn.Module) -> Iterator[None]:
-    """Within it, the layer takes itself to be trained: many use another kernel then."""
+    """Within it, the layer takes itself to be trained: many use another kernel then.
+
+    Its bias is as before afterwards: bitsandbytes rounds it in place to the type of the input.
+    """
     before, layer.training = layer.training, True
+    bias = layer._parameters.get("bias")
+    value = None if bias is None else bias.data
     try:
         yield
     finally:
         layer.training = before
+        if bias is not None and value is not None:
+            bias.data = value
 
 
 @torch.no_grad()
