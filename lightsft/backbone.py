@@ -19,6 +19,7 @@ from lightsft.anatomy import Anatomy, find_blocks, head_parameters, is_linear, r
 from lightsft.device import choose_device, choose_dtype
 from lightsft.dry_run import candidate_inputs, find_moving_buffers, tiny_inputs
 from lightsft.errors import BackboneError
+from lightsft.loading_memory import given_back
 from lightsft.meta import weightless
 from lightsft.quantization import (
     Quantization,
@@ -127,7 +128,8 @@ class Backbone:
                 options |= quantized_loading(
                     folder, maker, how, compute, place, None if labels is None else len(labels)
                 )
-            model, info = maker.from_pretrained(folder, output_loading_info=True, **options)
+            with given_back(folder) if how is not None else contextlib.nullcontext():
+                model, info = maker.from_pretrained(folder, output_loading_info=True, **options)
         fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
         _give_padding(model, tokenizer)
         if compute is None:

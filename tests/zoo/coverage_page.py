@@ -40,7 +40,7 @@ class _Zoo:
     def __init__(self, rows):
         self.plain = {_key(row): row for row in rows if row["strategy"] == PLAIN}
         self.tried = {(*_key(row), row["strategy"]): row for row in rows if row["strategy"] != PLAIN}
-        self.strategies = list(dict.fromkeys(row["strategy"] for row in rows if row["strategy"] != PLAIN))
+        self.strategies = sorted({row["strategy"] for row in rows} - {PLAIN})
         self.tasks = list(dict.fromkeys(task for task, _ in self.plain))
         self.sources = sorted({row["source"] for row in rows})
         self.seconds = sum(row["process_seconds"] for row in rows)
