@@ -4,6 +4,9 @@ MiniLM-L6 on the demo's sentiment texts (accuracy); with --task chat, SmolLM2-13
 trial runs in a process of its own: same rows, batches, optimizer (AdamW, linear decay) and loop for both libraries; it
 is evaluated after each epoch, as usual, then merged and evaluated again. PEFT's path: prepare_model_for_kbit_training,
 get_peft_model, merge_and_unload. Peak: memory of the process above what the imports took. Trials alternate.
+
+A trial of PEFT that fails is tried once more without the evaluation between the epochs, and its row says so. With
+--trials FILE every trial is kept there as a line of JSON, and not run again.
 """
 
 from __future__ import annotations
@@ -24,11 +27,9 @@ from typing import Any
 import torch
 
 BASES = ("float32", "bfloat16", "int8", "nf4")
-HEADS = [
-    "classifier",
-    "lm_head",
-]  # what transformers would quantize too, and bitsandbytes cannot evaluate with 3 labels
+HEADS = ["classifier", "lm_head"]  # transformers quantizes the first, which bitsandbytes cannot evaluate with 3 labels
 OURS, PEFT = "lightsft", "PEFT"
+EPOCHS = 2
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     if options.trial:
         print(json.dumps(trial(**json.loads(options.trial))))
         return
-    checkpoint = plain_checkpoint(options.task, Path(tempfile.mkdtemp()))
+    trials = Trials(options.task, plain_checkpoint(options.task, Path(tempfile.mkdtemp())), options.trials)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.seeds} seeds, task {options.task}")
     print("| base | strategy | library | trained | merged | merged - trained | largest | peak | seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -46,7 +47,7 @@ def main() -> None:
             for seed in range(options.seeds):
                 for library in found:
                     if library == OURS or strategy in ("lora", "ia3"):
-                        found[library].append(in_process(options.task, checkpoint, base, strategy, library, seed))
+                        found[library].append(trials.of(base, strategy, library, seed))
             for library, trials in found.items():
                 if trials:
                     print(row(base, strategy, library, trials), flush=True)
@@ -58,7 +59,8 @@ def row(base: str, strategy: str, library: str, trials: list[dict[str, Any]]) ->
         return f"| {base} | {strategy} | {library} | {failed[0]} ||||||"
     mean = {key: statistics.mean(one[key] for one in trials) for key in ("trained", "peak", "seconds")}
     merged = [one["merged"] for one in trials if one["merged"] is not None]
-    cells = [base, strategy, library, f"{mean['trained']:.4f}"]
+    without = f", without evaluation in between: {trials[0]['first']}" if "first" in trials[0] else ""
+    cells = [base, strategy, library + without, f"{mean['trained']:.4f}"]
     if merged:
         off = [one["merged"] - one["trained"] for one in trials]
         cells += [f"{statistics.mean(merged):.4f}", f"{statistics.mean(off):+.4f}", f"{max(map(abs, off)):.4f}"]
@@ -67,26 +69,42 @@ def row(base: str, strategy: str, library: str, trials: list[dict[str, Any]]) ->
     return "| " + " | ".join([*cells, f"{mean['peak'] / 1e6:.0f} MB", f"{mean['seconds']:.1f}"]) + " |"
 
 
-def in_process(task: str, checkpoint: str, base: str, strategy: str, library: str, seed: int) -> dict[str, Any]:
-    wanted = {
-        "task": task,
-        "checkpoint": checkpoint,
-        "base": base,
-        "strategy": strategy,
-        "library": library,
-        "seed": seed,
-    }
-    command = [sys.executable, __file__, "--trial", json.dumps(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return {"error": done.stderr.strip().splitlines()[-1][:200]}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+class Trials:
+    """Runs each trial in a process of its own, once."""
+
+    def __init__(self, task: str, checkpoint: str, file: Path | None) -> None:
+        self.task, self.checkpoint, self.file = task, checkpoint, file
+        lines = file.read_text().splitlines() if file is not None and file.exists() else []
+        self.known = [json.loads(line) for line in lines]
+
+    def of(self, base: str, strategy: str, library: str, seed: int) -> dict[str, Any]:
+        """The result of one, or its error."""
+        wanted = {"task": self.task, "base": base, "strategy": strategy, "library": library, "seed": seed}
+        for one in self.known:
+            if one["trial"] == wanted:
+                return dict(one["result"])
+        result = self._run(wanted)
+        if "error" in result and library == PEFT:
+            result = self._run(wanted | {"evaluate": False}) | {"first": result["error"]}
+        if self.file is not None:
+            with self.file.open("a") as lines:
+                lines.write(json.dumps({"trial": wanted, "result": result}) + "\n")
+        return result
+
+    def _run(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        trial = json.dumps(wanted | {"checkpoint": self.checkpoint})
+        done = subprocess.run([sys.executable, __file__, "--trial", trial], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            return {"error": done.stderr.strip().splitlines()[-1][:200]}
+        return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 # ---- one trial, in a process of its own
 
 
-def trial(*, task: str, checkpoint: str, base: str, strategy: str, library: str, seed: int) -> dict[str, Any]:
+def trial(
+    *, task: str, checkpoint: str, base: str, strategy: str, library: str, seed: int, evaluate: bool = True
+) -> dict[str, Any]:
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
     import transformers  # noqa: F401
@@ -99,7 +117,7 @@ def trial(*, task: str, checkpoint: str, base: str, strategy: str, library: str,
     make = ours if library == OURS else theirs
     backbone, parameters, rate, merge = make(task, checkpoint, base, strategy, seed)
     started = time.perf_counter()
-    fit(chosen, backbone, parameters, rate, train, validation, seed, epochs=2)
+    fit(chosen, backbone, parameters, rate, train, validation[:100] if evaluate else [], seed)
     seconds = time.perf_counter() - started
     trained = score(chosen, backbone, validation)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -119,7 +137,7 @@ def data(task: str) -> tuple[Any, list[Any], list[Any]]:
         sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
         from chat_sft import dialogues
 
-        chosen, rows, most = make_task("chat", max_length=96), dialogues(), (96, 100)
+        chosen, rows, most = make_task("chat", max_length=96), dialogues(), (48, 48)
     else:
         config = demo_config(Path("unused"))
         chosen = make_task(
@@ -215,17 +233,15 @@ def theirs(task: str, checkpoint: str, base: str, strategy: str, seed: int) -> t
     return backbone, [p for p in wrapped.parameters() if p.requires_grad], rate, merge
 
 
-def fit(
-    task: Any, backbone: Any, parameters: list[Any], rate: float, rows: Any, held: Any, seed: int, epochs: int
-) -> None:
-    """AdamW with linear decay over the same batches in the same order."""
+def fit(task: Any, backbone: Any, parameters: list[Any], rate: float, rows: Any, held: Any, seed: int) -> None:
+    """AdamW with linear decay over the same batches in the same order, and a look at `held` after each epoch."""
     features = task.encode(rows, backbone.tokenizer)
     size = 32 if len(features) > 500 else 8
-    steps = epochs * -(-len(features) // size)
+    steps = EPOCHS * -(-len(features) // size)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
     order = random.Random(seed)
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         order.shuffle(features)
         backbone.model.train()
         for start in range(0, len(features), size):
@@ -237,7 +253,8 @@ def fit(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        score(task, backbone, held[:100])
+        if held:
+            score(task, backbone, held)
 
 
 def score(task: Any, backbone: Any, rows: Any) -> float:
@@ -252,6 +269,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--bases", default=",".join(BASES))
     made.add_argument("--strategies", default="lora,ia3,adapter,prefix,full")
     made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--trials", type=Path, help="file that keeps the trials")
     made.add_argument("--trial", help=argparse.SUPPRESS)
     return made
 

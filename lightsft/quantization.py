@@ -5,7 +5,8 @@ the layer multiplies with in training, to the last bit: a strategy was trained b
 
 bitsandbytes repacks 4-bit weights in place on the first evaluation on CPUs with AVX512-BF16. The repacked layer rounds
 its scales to 16 bits, computes another function than in training, and passes no gradient on to its input, in training
-mode too. `keep_codes` undoes it and keeps it from happening.
+mode too. `keep_codes` undoes it and keeps it from happening. LLM.int8 layers also round their inputs in evaluation on
+a CPU, but not in training; there it makes them compute as in training always.
 
 Models that other libraries quantized come in three forms: layers of a class of their own, whose codes have names of
 their own (GPTQ, AWQ, HQQ, packed GGUF); nn.Linear with a weight that is a tensor subclass (torchao, quanto); nn.Linear
@@ -383,7 +384,7 @@ def _unpacked(layer: Any) -> tuple[Tensor, Any]:
 
 
 def keep_codes(model: nn.Module) -> None:
-    """Keep 4-bit codes in the order they are stored in, in evaluation too; what is repacked is put back in order.
+    """Make evaluation compute what training does: 4-bit codes stay in order, 8-bit layers do not round their inputs.
 
     compressed-tensors unpacks a whole model on its first pass; that is done here, before anything looks at its layers.
     """
@@ -393,6 +394,8 @@ def keep_codes(model: nn.Module) -> None:
     for layer in quantized_layers(model).values():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+        if hasattr(getattr(layer, "weight", None), "SCB"):
+            import_module("lightsft.exact_int8").compute_as_in_training(layer)
         if _is_repacked(layer):
             layer.weight.data, layer.weight.quant_state = _unpacked(layer)
             layer.quant_state = layer.weight.quant_state

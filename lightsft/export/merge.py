@@ -78,7 +78,7 @@ def merge_folder(
     if onto not in (BASE, ORIGINAL, *SCHEMES):
         raise ConfigurationError(f"onto={onto!r}", expected=f"one of {', '.join((BASE, ORIGINAL, *SCHEMES))}")
     backbone = artifact.load_base(adapter, base, dtype=dtype, device="cpu")
-    injection, trained_in = artifact.load(adapter, backbone), backbone.quantization
+    injection = artifact.load(adapter, backbone)
     if not injection.mergeable:
         raise _cannot_merge(injection, adapter)
     name = backbone.task or "chat"
@@ -97,7 +97,7 @@ def merge_folder(
         stored = onto_codes(injection, Quantization(onto), most_rounding, correction_rank)
     else:
         stored = onto_base(injection, wanted, most_rounding)
-    model, rounds_inputs = stored.backbone.model, trained_in == "int8"  # LLM.int8 evaluates with rounded activations
+    model = stored.backbone.model
     with quiet(), new_folder(out) as folder:
         model.save_pretrained(folder)
         if stored.correction is not None:
@@ -111,7 +111,7 @@ def merge_folder(
             tuned=tuned,
             merged=stored.logits(compared),
             reloaded=reloaded_logits,
-            half_precision=model.dtype != torch.float32 or stored.backbone.quantization is not None or rounds_inputs,
+            half_precision=model.dtype != torch.float32 or stored.backbone.quantization is not None,
             exact=stored.exact,
             in_codes=stored.backbone.quantization is not None,
         )
