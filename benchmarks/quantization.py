@@ -137,13 +137,13 @@ def data(task: str) -> tuple[Any, list[Any], list[Any]]:
         sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
         from chat_sft import dialogues
 
-        chosen, rows, most = make_task("chat", max_length=96), dialogues(), (48, 48)
+        chosen, rows, most = make_task("chat", max_length=96), dialogues(), (32, 32)
     else:
         config = demo_config(Path("unused"))
         chosen = make_task(
             "classification", labels=["negative", "neutral", "positive"], label="sentiment", max_length=48
         )
-        rows, most = read_rows(config.data, encoding="latin-1"), (1000, 1000)
+        rows, most = read_rows(config.data, encoding="latin-1"), (400, 1000)
     splits = split_rows(rows, chosen.key)
     return chosen, at_most(splits.train, most[0], chosen.key), at_most(splits.validation, most[1], chosen.key)
 
@@ -236,7 +236,7 @@ def theirs(task: str, checkpoint: str, base: str, strategy: str, seed: int) -> t
 def fit(task: Any, backbone: Any, parameters: list[Any], rate: float, rows: Any, held: Any, seed: int) -> None:
     """AdamW with linear decay over the same batches in the same order, and a look at `held` after each epoch."""
     features = task.encode(rows, backbone.tokenizer)
-    size = 32 if len(features) > 500 else 8
+    size = 32 if len(features) > 100 else 8
     steps = EPOCHS * -(-len(features) // size)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))

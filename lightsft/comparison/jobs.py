@@ -24,6 +24,7 @@ from lightsft.comparison.memory import PeakMemory
 from lightsft.comparison.statistics import interval
 from lightsft.config import RunConfig, StrategySpec, build
 from lightsft.device import choose_device, choose_dtype, dtype_name
+from lightsft.export.held_out import HeldOut
 from lightsft.export.merge import merge_folder
 from lightsft.files import disk_errors, write_file
 from lightsft.tasks.base import Metrics
@@ -197,6 +198,5 @@ def merge(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
         Path(arguments["adapter"]),
         Path(arguments["out"]),
         base=config.model,
-        task=prepared.task,
-        rows=prepared.splits.test,
+        rows=HeldOut(prepared.task, prepared.splits.test),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,18 @@ import torch
 
 from lightsft import artifact
 from lightsft.backbone import Backbone
-from lightsft.data.reading import Row
 from lightsft.device import choose_dtype
 from lightsft.dry_run import text_config
 from lightsft.errors import ConfigurationError, MergeError
 from lightsft.export.certificate import CERTIFICATE, Batch, certify, logits_of, plain_logits, provenance
+from lightsft.export.held_out import HeldOut, held_out
 from lightsft.export.rounding import MOST_ROUNDING
 from lightsft.export.storing import BASE, CORRECTION, ORIGINAL, onto_base, onto_codes, onto_original
 from lightsft.files import new_folder, require_free, write_json
 from lightsft.injection import Injection
 from lightsft.quantization import SCHEMES, Quantization
 from lightsft.quiet import quiet
-from lightsft.tasks.base import Task
-from lightsft.training.evaluate import batches, outcomes_of
+from lightsft.training.evaluate import batches, score_model
 
 RANDOM_INPUTS, RANDOM_TOKENS = 32, 24
 MOST_LOGITS = 2**26  # numbers kept for the comparison, 256 MiB in fp32
@@ -37,6 +35,8 @@ def merge(
     onto: str = BASE,
     most_rounding: float = MOST_ROUNDING,
     correction_rank: int = 0,
+    data: str | Path | None = None,
+    encoding: str = "utf-8",
 ) -> Path:
     """Write the merged checkpoint to `out` with its certificate.json; returns `out`.
 
@@ -44,15 +44,18 @@ def merge(
     names another: fp32 arithmetic and one rounding. For a strategy that was trained beside codes, `onto` chooses what
     it is added to: "base" (the dequantized weights, which is what was trained), "original" (the weights that the codes
     were made of), or codes again: "int8", "nf4", "fp4". With those, `correction_rank` fits a LoRA to what the codes
-    lose and writes it to `out`/correction.
+    lose and writes it to `out`/correction. The certificate holds the score before and after on rows of `data` (in
+    `encoding`); without it, on the test split of the run that `adapter_dir` is of, where its data is still there.
     Raises MergeError if the strategy does not merge, if storing the weights loses more than `most_rounding` of what was
     trained, or if the reloaded checkpoint differs from base + adapter; OutputError if `out` holds something. Only what
     passed is left there.
     """
+    rows = held_out(Path(adapter_dir), None if data is None else str(data), encoding)
     merge_folder(
         Path(adapter_dir),
         Path(out),
         base=None if base is None else str(base),
+        rows=rows,
         dtype=dtype,
         onto=onto,
         most_rounding=most_rounding,
@@ -66,14 +69,13 @@ def merge_folder(
     out: Path,
     *,
     base: str | None = None,
-    task: Task | None = None,
-    rows: Sequence[Row] = (),
+    rows: HeldOut | None = None,
     dtype: str = "checkpoint",
     onto: str = BASE,
     most_rounding: float = MOST_ROUNDING,
     correction_rank: int = 0,
 ) -> dict[str, Any]:
-    """Merge, verify on `rows` of `task` (on random tokens without), write; returns the certificate."""
+    """Merge, verify on `rows` (on random tokens without), write; returns the certificate."""
     require_free(out)
     if onto not in (BASE, ORIGINAL, *SCHEMES):
         raise ConfigurationError(f"onto={onto!r}", expected=f"one of {', '.join((BASE, ORIGINAL, *SCHEMES))}")
@@ -82,14 +84,13 @@ def merge_folder(
     if not injection.mergeable:
         raise _cannot_merge(injection, adapter)
     name = backbone.task or "chat"
-    compared = _inputs(backbone, task, rows)
+    compared = _inputs(backbone, rows)
     tuned = logits_of(backbone, compared)
     with injection.disabled():
         plain = logits_of(backbone, compared)
     scores: dict[str, Any] = {}
-    if task is not None:
-        scores = {"metric": task.metric, "examples": len(rows)}
-        scores["score_before"] = task.metrics(outcomes_of(backbone, task, rows, 64))[task.metric]
+    if rows is not None:
+        scores = {"metric": rows.task.metric, "examples": len(rows.rows), "score_before": _score(backbone, rows)}
     wanted = None if dtype == "checkpoint" else choose_dtype(dtype, backbone.model.device)
     if onto == ORIGINAL:
         stored = onto_original(injection, lambda: _on_original(adapter, base, dtype), most_rounding)
@@ -115,12 +116,12 @@ def merge_folder(
             exact=stored.exact,
             in_codes=stored.backbone.quantization is not None,
         )
-        if task is not None:
+        if rows is not None:
             reloaded = Backbone.load(folder, task=name, dtype="checkpoint", device="cpu")
-            scores["score_after"] = task.metrics(outcomes_of(reloaded, task, rows, 64))[task.metric]
+            scores["score_after"] = _score(reloaded, rows)
             if stored.correction is not None:
                 artifact.load(folder / CORRECTION, reloaded)
-                scores["score_corrected"] = task.metrics(outcomes_of(reloaded, task, rows, 64))[task.metric]
+                scores["score_corrected"] = _score(reloaded, rows)
         certificate |= scores | stored.report() | provenance(adapter, str(backbone.source), folder)
         if not certificate["passed"]:
             raise MergeError(
@@ -132,6 +133,10 @@ def merge_folder(
             )
         write_json(folder / CERTIFICATE, certificate)
     return certificate
+
+
+def _score(backbone: Backbone, rows: HeldOut) -> float:
+    return float(score_model(backbone, rows.task, rows.rows, 64)[rows.task.metric])
 
 
 def _on_original(adapter: Path, base: str | None, dtype: str) -> Injection:
@@ -155,13 +160,13 @@ def _cannot_merge(injection: Injection, adapter: Path) -> MergeError:
     )
 
 
-def _inputs(backbone: Backbone, task: Task | None, rows: Sequence[Row]) -> list[Batch]:
+def _inputs(backbone: Backbone, rows: HeldOut | None) -> list[Batch]:
     """Batches to compare on: as many rows as the logits fit in MOST_LOGITS, or random tokens."""
     found: list[Batch] = []
-    if task is None or not rows:
+    if rows is None:
         found = _random_inputs(backbone)
     else:
-        found = [_without_labels(batch) for batch in batches(task, rows, backbone.tokenizer, 16)]
+        found = [_without_labels(batch) for batch in batches(rows.task, rows.rows, backbone.tokenizer, 16)]
     width = 1 if backbone.head else int(text_config(backbone.model).vocab_size)
     kept: list[Batch] = []
     numbers = 0

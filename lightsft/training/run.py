@@ -37,10 +37,15 @@ class Prepared:
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    """Read and check the data, find the labels, split. Nothing heavy: every error about data comes from here."""
+    """Check the settings, then read the data. Nothing heavy: every error about either comes from here."""
     _require_known("scheduler", config.scheduler, SchedulerType)
     _require_known("optimizer", config.optimizer, OptimizerNames)
     require_usable(config.optimizer, config.optimizer_options, choose_device(config.device))
+    return read(config)
+
+
+def read(config: TrainConfig) -> Prepared:
+    """Read and check the data, find the labels, split."""
     rows = read_rows(config.data, encoding=config.encoding)
     chosen = _task(config, rows)
     chosen.check(rows, config.data)

@@ -16,6 +16,7 @@ import lightsft
 from lightsft import Backbone, artifact
 from lightsft.errors import BackboneError, LightsftError, MergeError, OutputError
 from lightsft.export import certificate as certifying
+from lightsft.export.held_out import HeldOut
 from lightsft.export.merge import merge, merge_folder
 from lightsft.primitives.side import PlacedSide
 from lightsft_adapters import Adapter, Full, LoRA, Prefix
@@ -92,7 +93,7 @@ def test_a_process_without_lightsft_gets_the_same_predictions(bert, tmp_path, st
 def test_the_certificate_says_what_was_compared(bert, adapter, tmp_path, no_process):
     task = lightsft.task("classification", labels=LABELS)
     rows = labelled_rows(50, seed=5)
-    returned = merge_folder(adapter, tmp_path / "merged", task=task, rows=rows)
+    returned = merge_folder(adapter, tmp_path / "merged", rows=HeldOut(task, rows))
     stored = json.loads((tmp_path / "merged" / "certificate.json").read_text())
     assert stored == returned
     assert stored["passed"]
@@ -141,7 +142,7 @@ def test_the_merged_weights_carry_the_base_s_names_and_nothing_else(bert, adapte
 def test_a_chat_model_is_merged_with_its_template(llama, tmp_path):
     adapter, tuned = adapter_on(llama, LoRA(rank=4), tmp_path / "adapter", task="chat", labels=None)
     task = lightsft.task("chat")
-    stored = merge_folder(adapter, tmp_path / "merged", task=task, rows=chat_rows(20))
+    stored = merge_folder(adapter, tmp_path / "merged", rows=HeldOut(task, chat_rows(20)))
     assert stored["passed"]
     assert stored["metric"] == "loss"
     assert stored["score_after"] == pytest.approx(stored["score_before"], rel=1e-5)
