@@ -48,9 +48,9 @@ def main() -> None:
                 for library in found:
                     if library == OURS or strategy in ("lora", "ia3"):
                         found[library].append(trials.of(base, strategy, library, seed))
-            for library, trials in found.items():
-                if trials:
-                    print(row(base, strategy, library, trials), flush=True)
+            for library, results in found.items():
+                if results:
+                    print(row(base, strategy, library, results), flush=True)
 
 
 def row(base: str, strategy: str, library: str, trials: list[dict[str, Any]]) -> str:

@@ -1,8 +1,8 @@
 """What PEFT's casts to fp32 change: python benchmarks/upcasts.py
 
 `prepare_model_for_kbit_training` casts what is not quantized (embeddings, norms, head) to fp32; here it stays in the
-backbone's type. SmolLM2-135M, nf4 computing in bf16, the same LoRA (rank 8, random A and B, from one folder) on the same
-small talk: losses, gradients and bytes of weights of both, and of the dequantized model in fp32 as the reference.
+backbone's type. SmolLM2-135M, nf4 computing in bf16, the same LoRA (rank 8, random A and B, from one folder) on the
+same small talk: losses, gradients and bytes of weights of both, and of the dequantized model in fp32 as the reference.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ def main() -> None:
         checkpoint = plain_checkpoint("chat", Path(place) / "base")
         adapter = Path(place) / "adapter"
         random_adapter(checkpoint, adapter)
-        reference, ours, theirs = dequantized(checkpoint, adapter), here(checkpoint, adapter), there(checkpoint, adapter)
+        reference, ours, theirs = (make(checkpoint, adapter) for make in (dequantized, here, there))
     print(f"torch {torch.__version__}, peft {peft.__version__}, {ROWS} rows")
     print("| | loss | off the reference | gradients: cosine with the reference | relative error | weights |")
     print("|---|---|---|---|---|---|")
     for name, found in (("fp32, dequantized", reference), ("lightsft", ours), ("PEFT, cast to fp32", theirs)):
         print(row(name, found, reference))
-    print(f"lightsft and PEFT: losses {abs(ours[0] - theirs[0]):.1e} apart, gradients' cosine {cosine(ours, theirs):.6f}")
+    apart = abs(ours[0] - theirs[0])
+    print(f"lightsft and PEFT: losses {apart:.1e} apart, gradients' cosine {cosine(ours, theirs):.6f}")
 
 
 def row(name: str, found: Found, reference: Found) -> str:
@@ -104,9 +105,13 @@ def dequantized(checkpoint: str, adapter: Path) -> Found:
     import peft
 
     from lightsft import Backbone
-    from lightsft.quantization import plain_copy
+    from lightsft.quantization import forget_quantization, quantized_layers, unquantize
 
-    model = plain_copy(Backbone.load(checkpoint, task="chat", dtype="float32", quantization="nf4").model)
+    model = Backbone.load(checkpoint, task="chat", dtype="bfloat16", quantization="nf4").model
+    for layer in quantized_layers(model).values():
+        unquantize(layer)
+    forget_quantization(model)
+    model = model.float()
     return step(peft.PeftModel.from_pretrained(model, adapter, is_trainable=True), checkpoint)
 
 
@@ -125,7 +130,7 @@ def step(model: Any, checkpoint: str) -> Found:
         labels = batch.pop("labels")
         loss = task.loss(model(**batch), labels, count)
         loss.backward()
-        total += float(loss)
+        total += loss.item()
     trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     size = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name not in trained)
     found = total, {place(name): gradient.float() for name, gradient in trained.items()}, size
