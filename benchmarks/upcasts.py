@@ -105,7 +105,8 @@ def dequantized(checkpoint: str, adapter: Path) -> Found:
     import peft
 
     from lightsft import Backbone
-    from lightsft.quantization import forget_quantization, quantized_layers, unquantize
+    from lightsft.plain_layers import forget_quantization, unquantize
+    from lightsft.quantization import quantized_layers
 
     model = Backbone.load(checkpoint, task="chat", dtype="bfloat16", quantization="nf4").model
     for layer in quantized_layers(model).values():

@@ -21,16 +21,9 @@ from lightsft.dry_run import candidate_inputs, find_moving_buffers, tiny_inputs
 from lightsft.errors import BackboneError
 from lightsft.loading_memory import given_back
 from lightsft.meta import weightless
-from lightsft.quantization import (
-    Quantization,
-    dequantized,
-    describe,
-    keep_codes,
-    plain_copy,
-    quantizable,
-    quantize,
-    quantized_layers,
-)
+from lightsft.plain_layers import plain_copy
+from lightsft.quantization import Quantization, dequantized, describe, keep_codes, quantized_layers
+from lightsft.quantizing import quantizable, quantize
 from lightsft.quiet import quiet
 from lightsft.trace import Trace, meta_copy, trace
 

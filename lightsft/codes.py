@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightsft.errors import ConfigurationError
-from lightsft.quantization import Quantization, describe, plain_layer, quantized_layer
+from lightsft.plain_layers import plain_layer
+from lightsft.quantization import Quantization, describe
+from lightsft.quantizing import quantized_layer
 
 
 class Codes(nn.Module):

@@ -27,6 +27,7 @@ from lightsft.anatomy import Weight
 from lightsft.backbone import Backbone
 from lightsft.dry_run import forget_derived, input_embeddings
 from lightsft.errors import ArtifactError, InjectionError, MergeError
+from lightsft.plain_layers import make_model_plain
 from lightsft.primitives import (
     AttentionPrefix,
     BufferState,
@@ -41,7 +42,7 @@ from lightsft.primitives import (
     WeightDelta,
 )
 from lightsft.primitives.attention_prefix import AttentionCall
-from lightsft.quantization import make_model_plain, matrix_size, quantized_layers
+from lightsft.quantization import matrix_size, quantized_layers
 
 logger = logging.getLogger(__name__)
 LITTLE_COVERAGE = 0.9

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lightsft.anatomy import may_be_routed_to
 from lightsft.dry_run import candidate_inputs, evaluating, predictions, training_without_chance
 from lightsft.errors import InjectionError
+from lightsft.gradient_check import without_gradient
 from lightsft.injection import Injection
 from lightsft.primitives import Primitive, Unfreezing
-from lightsft.quantization import without_gradient
 from lightsft.seeding import generator
 
 logger = logging.getLogger(__name__)

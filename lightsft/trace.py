@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from lightsft.dry_run import evaluating, predictions, tensors_in, training_without_chance, visible_attention
 from lightsft.errors import InjectionError
-from lightsft.quantization import plain_layer, quantized_layers
+from lightsft.plain_layers import plain_layer
+from lightsft.quantization import quantized_layers
 
 PRODUCTS = ("linear", "matmul", "mm", "einsum", "conv", "tensordot", "multi_head_attention_forward")
 ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})

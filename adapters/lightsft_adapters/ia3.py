@@ -24,9 +24,10 @@ from lightsft.artifact import PEFT_SETTINGS
 from lightsft.dataflow import Dataflow, Hidden, feature_axis, is_served, read_dataflow
 from lightsft.errors import ArtifactError, InjectionError, TargetError
 from lightsft.files import write_json
+from lightsft.plain_layers import plain_twin, unquantize
 from lightsft.primitives import Part, PlacedPart, PlacedSide, Side, WeightDelta
 from lightsft.primitives.base import Change, drop_hook
-from lightsft.quantization import device_of, parameter_names, plain_twin, unquantize
+from lightsft.quantization import device_of, parameter_names
 from lightsft.roles import find_biases
 from lightsft.targets import resolve_layers
 from lightsft_adapters.checks import one_of

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightsft.export.rounding import Rounding
-from lightsft.quantization import Quantization, dequantized, mark_quantized, matrix, quantized_layer
+from lightsft.quantization import Quantization, dequantized, matrix
+from lightsft.quantizing import mark_quantized, quantized_layer
 
 
 @dataclass(frozen=True)

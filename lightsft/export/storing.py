@@ -16,7 +16,8 @@ from lightsft.export.certificate import Batch, logits_of
 from lightsft.export.requantizing import Correction, requantize
 from lightsft.export.rounding import Rounding, changes, in_type, require_little, rounding, roundings, total
 from lightsft.injection import Injection
-from lightsft.quantization import Quantization, quantizable, quantized_layers
+from lightsft.quantization import Quantization, quantized_layers
+from lightsft.quantizing import quantizable
 
 BASE, ORIGINAL, CORRECTION = "base", "original", "correction"
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightsft.dry_run import tensors_in
+from lightsft.plain_layers import plain_twin, unquantize
 from lightsft.primitives.base import Change, Part, PlacedPart, drop_hook, free_name
-from lightsft.quantization import device_of, parameter_names, plain_twin, unquantize
+from lightsft.quantization import device_of, parameter_names
 
 SIDE, TAP = "lightsft_side", "lightsft_tap"
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightsft.plain_layers import make_plain, make_quantized
 from lightsft.primitives.base import Change, Primitive, drop_hook
-from lightsft.quantization import dequantized, is_plain, is_quantized, make_plain, make_quantized, quantized_layers
+from lightsft.quantization import dequantized, is_plain, is_quantized, quantized_layers
 
 
 class Unfreezing(Primitive):

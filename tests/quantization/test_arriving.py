@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map
 import lightsft
 from lightsft import Backbone
 from lightsft.errors import ArtifactError, InjectionError, MergeError
-from lightsft.quantization import dequantized, describe, is_quantized, make_plain, make_quantized, plain_copy
+from lightsft.plain_layers import make_plain, make_quantized, plain_copy
+from lightsft.quantization import dequantized, describe, is_quantized
 from lightsft.tree import read_tree
 from lightsft_adapters import Adapter, LoRA, Prefix
 from lightsft_adapters.ia3 import IA3

@@ -9,7 +9,8 @@ from bitsandbytes import MatmulLtState
 
 import lightsft
 from lightsft import Backbone
-from lightsft.quantization import forget_quantization, plain_copy, quantized_layers
+from lightsft.plain_layers import forget_quantization, plain_copy
+from lightsft.quantization import quantized_layers
 from tests.quantization.test_quantization import WAYS, each_way, quantized
 from tests.tiny_models import batch, off
 

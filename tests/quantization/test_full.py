@@ -10,7 +10,8 @@ from torch import nn
 import lightsft
 from lightsft import Backbone
 from lightsft.errors import ConfigurationError, TargetError
-from lightsft.quantization import dequantized, describe, is_quantized, plain_copy, quantized_layers
+from lightsft.plain_layers import plain_copy
+from lightsft.quantization import dequantized, describe, is_quantized, quantized_layers
 from lightsft_adapters import Full, LoRA
 from lightsft_adapters.bitfit import BitFit
 from lightsft_adapters.combined import Combined

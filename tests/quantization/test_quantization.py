@@ -12,18 +12,9 @@ from transformers.pytorch_utils import Conv1D
 import lightsft
 from lightsft import Backbone
 from lightsft.errors import ArtifactError, BackboneError, ConfigurationError
-from lightsft.quantization import (
-    Quantization,
-    dequantized,
-    describe,
-    is_quantized,
-    make_plain,
-    make_quantized,
-    plain_copy,
-    quantizable,
-    quantize,
-    quantized_layers,
-)
+from lightsft.plain_layers import make_plain, make_quantized, plain_copy
+from lightsft.quantization import Quantization, dequantized, describe, is_quantized, quantized_layers
+from lightsft.quantizing import quantizable, quantize
 from lightsft_adapters import Adapter, Full, LoRA, Prefix
 from tests.tiny_models import batch, logits, randomise, tiny
 

@@ -14,15 +14,9 @@ from lightsft import Backbone
 from lightsft.codes import Codes, Difference
 from lightsft.errors import ArtifactError, ConfigurationError, MergeError
 from lightsft.export.merge import merge_folder
-from lightsft.quantization import (
-    dequantized,
-    describe,
-    matrix,
-    plain_copy,
-    quantize,
-    quantized_layer,
-    quantized_layers,
-)
+from lightsft.plain_layers import plain_copy
+from lightsft.quantization import dequantized, describe, matrix, quantized_layers
+from lightsft.quantizing import quantize, quantized_layer
 from lightsft_adapters import LoRA
 from lightsft_adapters.combined import Combined
 from lightsft_adapters.lora_fa import LoRAFA

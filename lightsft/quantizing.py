@@ -1,0 +1,81 @@
+"""Quantizing with bitsandbytes: which layers of a model are worth it, one layer, a model in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lightsft.quantization import Quantization, bitsandbytes_library, keep_codes, matrix
+
+if TYPE_CHECKING:
+    from lightsft.anatomy import Anatomy
+
+
+def quantizable(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """The linear layers that are worth quantizing and survive it: in the blocks, called, and no routers.
+
+    What stays: heads, embeddings, norms, routers, layers whose weight is read past them, and what the model itself asks
+    to keep in fp32 (T5 looks at the type of one weight to choose its own).
+    """
+    wide = [
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    ]
+    return [
+        name
+        for name in anatomy.linear
+        if anatomy.weights[name].called
+        and type(model.get_submodule(name)) in (nn.Linear, Conv1D)
+        and not any(re.search(rf"(^|\.){part}($|\.)", name) for part in wide)
+    ]
+
+
+@torch.no_grad()
+def quantize(model: PreTrainedModel, names: Iterable[str], how: Quantization, compute_dtype: torch.dtype) -> None:
+    """Quantize these linear layers of a model in memory, one after the other, as transformers does while loading."""
+    for name in list(names):
+        model.set_submodule(name, quantized_layer(model.get_submodule(name), how, compute_dtype))
+    mark_quantized(model, how, compute_dtype)
+
+
+def mark_quantized(model: Any, how: Quantization, compute_dtype: torch.dtype) -> None:
+    """Note on a model with quantized layers what transformers would have noted, so that it saves and loads as one."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    plain = [name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
+    settings = how.settings(compute_dtype, kept=plain)
+    model.config.quantization_config = settings
+    model.hf_quantizer = AutoHfQuantizer.from_config(settings)
+    model.quantization_method = settings.quant_method
+    model.is_quantized = True
+    setattr(model, "is_loaded_in_8bit" if settings.load_in_8bit else "is_loaded_in_4bit", True)
+    keep_codes(model)
+
+
+def quantized_layer(
+    layer: Any, how: Quantization, compute_dtype: torch.dtype, *, weight: Tensor | None = None
+) -> nn.Module:
+    """A plain layer's weight, or another `weight` (out, in), in codes; the bias is the layer's own."""
+    bnb = bitsandbytes_library()
+    weight = (matrix(layer) if weight is None else weight).contiguous()
+    outputs, inputs = weight.shape
+    with torch.device("meta"):
+        if how.scheme == "int8":
+            made = bnb.nn.Linear8bitLt(inputs, outputs, layer.bias is not None, has_fp16_weights=False, threshold=6.0)
+        else:
+            made = bnb.nn.Linear4bit(
+                inputs, outputs, layer.bias is not None, compute_dtype, how.double, quant_type=how.scheme
+            )
+    options = {name: value for name, value in made.weight.__dict__.items() if name != "SCB"}
+    kind = bnb.nn.Int8Params if how.scheme == "int8" else bnb.nn.Params4bit
+    made.weight = kind(weight.cpu(), requires_grad=False, **options).to(weight.device)
+    made.bias = layer.bias
+    made.source_cls = type(layer)
+    quantized: nn.Module = made.train(layer.training)
+    return quantized
