@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from lightsft.anatomy import Anatomy, find_blocks, head_parameters, is_linear, read_anatomy
 from lightsft.device import choose_device, choose_dtype
@@ -23,7 +23,7 @@ from lightsft.loading_memory import given_back
 from lightsft.meta import weightless
 from lightsft.plain_layers import plain_copy
 from lightsft.quantization import Quantization, dequantized, describe, keep_codes, quantized_layers
-from lightsft.quantizing import quantizable, quantize
+from lightsft.quantizing import quantizable, quantize, trainable_kernels
 from lightsft.quiet import quiet
 from lightsft.trace import Trace, meta_copy, trace
 
@@ -121,6 +121,9 @@ class Backbone:
                 options |= quantized_loading(
                     folder, maker, how, compute, place, None if labels is None else len(labels)
                 )
+            elif gguf is None:
+                settings, _ = PreTrainedConfig.get_config_dict(folder)
+                options |= trainable_kernels(settings.get("quantization_config") or {})
             with given_back(folder) if how is not None else contextlib.nullcontext():
                 model, info = maker.from_pretrained(folder, output_loading_info=True, **options)
         fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightsft.quantization import accepted_zeros, as_in_training, describe_layer, quantized_layers
+from lightsft.quantization import accepted_zeros, describe_layer, in_mode, quantized_layers
 
 PROBED_ROWS, SIMILAR = 16, 0.9  # directions in which a layer's gradient is compared with its output, cosine
 
@@ -17,17 +18,36 @@ def without_gradient(model: nn.Module) -> dict[str, str]:
 
     Right means that the gradient predicts how the output changes between two inputs, as of a linear map it must.
     """
-    first: dict[tuple[type, str], str] = {}
-    layers = quantized_layers(model)
-    for name, layer in layers.items():
-        first.setdefault((type(layer), describe_layer(layer)), name)
-    found = {name: _gradient_problem(layers[name]) for name in first.values()}
+    return _problems(model, _gradient_problem)
+
+
+def not_for_training(model: nn.Module) -> dict[str, str]:
+    """Of each kind of quantized layer that cannot be put into training mode: its first layer, and what it says."""
+    return _problems(model, _mode_problem)
+
+
+def _problems(model: nn.Module, problem_of: Callable[[nn.Module], str | None]) -> dict[str, str]:
+    first: dict[tuple[type, str], tuple[str, nn.Module]] = {}
+    for name, layer in quantized_layers(model).items():
+        first.setdefault((type(layer), describe_layer(layer)), (name, layer))
+    found = {name: problem_of(layer) for name, layer in first.values()}
     return {name: problem for name, problem in found.items() if problem is not None}
+
+
+def _mode_problem(layer: nn.Module) -> str | None:
+    before = layer.training
+    try:
+        layer.train()
+    except NotImplementedError as error:
+        return f"is for inference alone ({error})"
+    finally:
+        layer.training = before
+    return None
 
 
 def _gradient_problem(layer: Any) -> str | None:
     draw = torch.Generator().manual_seed(0)
-    with as_in_training(layer), torch.enable_grad():
+    with in_mode(layer, training=True), torch.enable_grad():
         try:
             zeros = accepted_zeros(layer)
             start, end = (

@@ -345,11 +345,12 @@ def injecting(strategy: Strategy, backbone: Backbone, seed: int) -> Iterator[Inj
 
     Within another strategy's `injecting` (a combination) it is that injection that is yielded, and left open.
     """
-    from lightsft.probe import probe
+    from lightsft.probe import probe, require_training_mode
 
     if backbone.open_injection is not None:
         yield backbone.open_injection
         return
+    require_training_mode(backbone)
     backbone.anatomy  # noqa: B018 - read from the bare model, before anything is placed
     moving = backbone.moving_buffers
     injection = Injection(backbone, strategy, seed)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lightsft.anatomy import may_be_routed_to
+from lightsft.backbone import Backbone
 from lightsft.dry_run import candidate_inputs, evaluating, predictions, training_without_chance
 from lightsft.errors import InjectionError
-from lightsft.gradient_check import without_gradient
+from lightsft.gradient_check import not_for_training, without_gradient
 from lightsft.injection import Injection
 from lightsft.primitives import Primitive, Unfreezing
 from lightsft.seeding import generator
@@ -59,12 +60,21 @@ def _check_quantized_layers(injection: Injection) -> None:
     """Refuse formats made for inference alone; a new head on top needs no gradient through them."""
     if not _own(injection):
         return
-    for name, problem in without_gradient(injection.model).items():
-        layer = injection.model.get_submodule(name)
+    _refuse(injection.backbone, without_gradient(injection.model))
+
+
+def require_training_mode(backbone: Backbone) -> None:
+    """Raise InjectionError for quantized layers that cannot be put into training mode at all."""
+    _refuse(backbone, not_for_training(backbone.model))
+
+
+def _refuse(backbone: Backbone, problems: Mapping[str, str]) -> None:
+    for name, problem in problems.items():
         raise InjectionError(
-            f"{name}, a {type(layer).__name__} in {injection.backbone.quantization}, {problem}",
+            f"{name}, a {type(backbone.module(name)).__name__} in {backbone.quantization}, {problem}",
             expected="quantized layers that can be trained beside: bitsandbytes, weight-only torchao, GPTQ, AWQ or HQQ",
-            todo="load it dequantized if its configuration has that option, or the original with quantization='nf4'",
+            todo="load it with Backbone.load, which asks for such a kernel; or dequantized, if its configuration has "
+            "that option; or the original with quantization='nf4'",
         )
 
 

@@ -43,6 +43,7 @@ LIBRARIES = {  # package of a layer, or of its weight -> what users call the for
     "awq": "awq",
     "compressed_tensors": "compressed-tensors",
 }
+KERNELS = ("gptq", "awq")  # formats whose layers have a class for each kernel
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,18 @@ def describe_layer(layer: nn.Module) -> str:
 
 
 def _words_of_another(layer: nn.Module) -> Iterator[str]:
-    """`hqq 4 bits, groups of 64 (HQQLinear)`: the format, what is known of it, and the class that holds the codes."""
+    """`hqq 4 bits, groups of 64 (HQQLinear)`: the format, what is known of it, and the class that holds the codes.
+
+    Without the class where that is one kernel of many: which one is taken depends on the machine.
+    """
     weight, scheme = getattr(layer, "weight", None), getattr(layer, "quantization_scheme", None)
     held = weight.data if isinstance(weight, Tensor) and type(weight.data) is not Tensor else layer
     package = type(scheme if scheme is not None else held).__module__.partition(".")[0]
-    if package in LIBRARIES:
-        yield LIBRARIES[package]
+    library = LIBRARIES.get(package)
+    if library == "gptq" and "awq" in type(held).__name__.lower():  # gptqmodel has both
+        library = "awq"
+    if library is not None:
+        yield library
     arguments = getattr(scheme, "weights", None)
     meta = getattr(layer, "meta", None)
     found: dict[str, Any] = {**meta} if isinstance(meta, dict) else {}
@@ -189,7 +196,8 @@ def _words_of_another(layer: nn.Module) -> Iterator[str]:
     words += [f"groups of {group}"] if group and group > 0 else []
     if words:
         yield ", ".join(words)
-    yield f"({type(held).__name__})" if words or package in LIBRARIES else type(held).__name__
+    if library not in KERNELS:
+        yield f"({type(held).__name__})" if words or library is not None else type(held).__name__
 
 
 def _first_int(*values: Any) -> int | None:
@@ -253,25 +261,33 @@ def _from_8_bits(layer: Any) -> Tensor:
 
 def _from_unit_vectors(layer: Any) -> Tensor:
     """Of any format: what the layer makes of the unit vectors, less its bias. To the precision it computes in."""
+    try:
+        with in_mode(layer, training=True):
+            return _products_with_unit_vectors(layer)
+    except NotImplementedError:  # a kernel for inference alone, which is refused where something is trained beside it
+        with in_mode(layer, training=False):
+            return _products_with_unit_vectors(layer)
+
+
+def _products_with_unit_vectors(layer: Any) -> Tensor:
     inputs, found = quantized_shape(layer)[1], []
-    with as_in_training(layer):
-        nothing = accepted_zeros(layer)
-        shift = layer.forward(nothing).float()
-        for start in range(0, inputs, ROWS_AT_ONCE):
-            end = min(start + ROWS_AT_ONCE, inputs)
-            units = nothing.new_zeros(end - start, inputs)
-            units[:, start:end].fill_diagonal_(1)
-            found.append(layer.forward(units).float() - shift)
+    nothing = accepted_zeros(layer)
+    shift = layer.forward(nothing).float()
+    for start in range(0, inputs, ROWS_AT_ONCE):
+        end = min(start + ROWS_AT_ONCE, inputs)
+        units = nothing.new_zeros(end - start, inputs)
+        units[:, start:end].fill_diagonal_(1)
+        found.append(layer.forward(units).float() - shift)
     return torch.cat(found).T.contiguous()
 
 
 @contextmanager
-def as_in_training(layer: nn.Module) -> Iterator[None]:
-    """Within it, the layer takes itself to be trained: many use another kernel then.
+def in_mode(layer: nn.Module, *, training: bool) -> Iterator[None]:
+    """Within it, the layer takes itself to be trained, or not: many use another kernel then.
 
     Its bias is as before afterwards: bitsandbytes rounds it in place to the type of the input.
     """
-    before, layer.training = layer.training, True
+    before, layer.training = layer.training, training
     bias = layer._parameters.get("bias")
     value = None if bias is None else bias.data
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightsft.quantization import Quantization, bitsandbytes_library, keep_codes, matrix
+from lightsft.quantization import KERNELS, Quantization, bitsandbytes_library, keep_codes, matrix
 
 if TYPE_CHECKING:
     from lightsft.anatomy import Anatomy
@@ -34,6 +34,19 @@ def quantizable(model: nn.Module, anatomy: Anatomy) -> list[str]:
         and type(model.get_submodule(name)) in (nn.Linear, Conv1D)
         and not any(re.search(rf"(^|\.){part}($|\.)", name) for part in wide)
     ]
+
+
+def trainable_kernels(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `from_pretrained` for a checkpoint with these settings of quantization.
+
+    GPTQ and AWQ layers have a kernel for each kind of machine. Left alone, transformers takes the fastest, which may be
+    for inference alone.
+    """
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    if settings.get("quant_method") not in KERNELS or settings.get("backend") not in (None, "auto"):
+        return {}
+    return {"quantization_config": AutoQuantizationConfig.from_dict({**settings, "backend": "auto_trainable"})}
 
 
 @torch.no_grad()

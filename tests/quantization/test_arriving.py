@@ -366,9 +366,33 @@ class Raises(ParameterLinear):
         return super().forward(NoDerivative.apply(x))
 
 
+class NoTrainingMode(ParameterLinear):
+    """The same, said earlier."""
+
+    def train(self, mode=True):
+        if mode:
+            raise NotImplementedError("no such mode")
+        return super().train(mode)
+
+
+class NotInTraining(ParameterLinear):
+    """As gptqmodel's kernels for inference."""
+
+    def forward(self, x):
+        if self.training:
+            raise NotImplementedError("for inference alone")
+        return super().forward(x)
+
+
 @pytest.mark.parametrize(
     ("kind", "what"),
-    [(Detached, "no gradient"), (RoundsItsInput, "a wrong gradient"), (Raises, "no derivative for codes")],
+    [
+        (Detached, "no gradient"),
+        (RoundsItsInput, "a wrong gradient"),
+        (Raises, "no derivative for codes"),
+        (NotInTraining, "for inference alone"),
+        (NoTrainingMode, "no such mode"),
+    ],
 )
 def test_a_format_for_inference_alone_is_refused_by_name(kind, what):
     model = replaced(tiny("llama", **SIZES), kind)
@@ -460,7 +484,27 @@ def gptq_model():
     return replaced(tiny("llama", **SIZES), made)
 
 
+def awq_model():
+    """A checkpoint of layers that gptqmodel packed, loaded by transformers."""
+    pytest.importorskip("gptqmodel")
+    kind = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch_awq").AwqTorchLinear
+
+    def made(linear):
+        layer = kind(4, 32, False, False, linear.in_features, linear.out_features, register_buffers=True)
+        _, scales, zeros = coded(linear.weight, 32)
+        layer.pack(linear, scales, zeros)
+        return layer
+
+    model = replaced(tiny("llama", **SIZES), made)
+    model.config.quantization_config = transformers.AwqConfig(bits=4, group_size=32, modules_to_not_convert=["lm_head"])
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        kind = transformers.LlamaForCausalLM
+        return Backbone.load(folder, task=None, kind=kind, dtype="float32", device="cpu").model.eval()
+
+
 REAL = {
+    "awq": awq_model,
     "torchao int8": torchao_int8,
     "torchao int4": torchao_int4,
     "hqq": hqq_model,
@@ -476,6 +520,14 @@ REAL = {
 def test_strategies_serve_what_a_library_quantized(made, strategy):
     error = check_serves(made(), made(), STRATEGIES[strategy])
     print(f"{describe(made())}: {strategy}: gradients within {error:.1e}")
+
+
+@pytest.mark.parametrize(
+    ("made", "words"), [(gptq_model, "gptq 4 bits, groups of 32"), (awq_model, "awq 4 bits, groups of 32")]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_kernels_of_one_format_are_one_format(made, words):
+    assert describe(made()) == words
 
 
 @pytest.mark.filterwarnings("ignore")
