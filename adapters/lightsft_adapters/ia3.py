@@ -26,7 +26,7 @@ from lightsft.errors import ArtifactError, InjectionError, TargetError
 from lightsft.files import write_json
 from lightsft.plain_layers import plain_twin, unquantize
 from lightsft.primitives import Part, PlacedPart, PlacedSide, Side, WeightDelta
-from lightsft.primitives.base import Change, drop_hook
+from lightsft.primitives.base import Change, drop_pre_hook
 from lightsft.quantization import device_of, parameter_names
 from lightsft.roles import find_biases
 from lightsft.targets import resolve_layers
@@ -340,7 +340,7 @@ class PlacedInputScale(PlacedPart):
     def remove(self) -> None:
         """Take the child and the hook off again."""
         del self.served._modules[INPUT_SCALE]
-        drop_hook(self.served._forward_pre_hooks, self.served._forward_pre_hooks_with_kwargs, scale_input)
+        drop_pre_hook(self.served, scale_input)
 
 
 def scale_input(

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightsft import Backbone, Injection, injecting
 from lightsft.dry_run import evaluating
 from lightsft.errors import ConfigurationError, TargetError
-from lightsft.primitives import Primitive
+from lightsft.primitives import Arrangement
 from lightsft.primitives.trained_rows import PlacedRows
 from lightsft.seeding import generator
 from lightsft.vocabulary import Table, Vocabulary, find_vocabulary
@@ -99,39 +99,13 @@ class NewTokens:
         return list(range(size, size + (self.count or len(self.tokens))))
 
 
-class ExtendedTokenizer(Primitive):
-    """A copy of the backbone's tokenizer that knows more tokens, in its place."""
+class ExtendedTokenizer(Arrangement):
+    """A copy of the backbone's tokenizer that knows more tokens, in its place; the strategy's options name them."""
 
     def __init__(self, backbone: Backbone, tokens: Sequence[str], *, special: bool) -> None:
         self.name, self.backbone, self.before = "tokenizer", backbone, backbone.tokenizer
         backbone.tokenizer = copy.deepcopy(self.before)
         backbone.tokenizer.add_tokens(list(tokens), special_tokens=special)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Nothing."""
-        return {}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Nothing: the tokens are among the strategy's options."""
-        return {}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing to load."""
-
-    def enable(self, enabled: bool) -> None:
-        """It stays: a disabled model looks new tokens up as they were at the start."""
-
-    def covers(self) -> set[str]:
-        """No parameter."""
-        return set()
-
-    @property
-    def mergeable(self) -> bool:
-        """It stays with a merged model."""
-        return True
-
-    def merge(self) -> None:
-        """The backbone keeps it."""
 
     def remove(self) -> None:
         """Put the tokenizer back that was there before."""

@@ -34,7 +34,7 @@ from lightsft.dry_run import tensors_in
 from lightsft.errors import InjectionError
 from lightsft.injection import Injection
 from lightsft.primitives import Part
-from lightsft.primitives.base import drop_hook
+from lightsft.primitives.base import drop_hook, drop_pre_hook
 from lightsft.primitives.input_path import by_name
 from lightsft.primitives.virtual_tokens import TOKENS, VirtualTokens, _cached_tokens
 from lightsft_adapters.shared import PlacedShared, refer
@@ -238,10 +238,8 @@ class PlacedPromptReader(PlacedShared):
         for name in self.around:
             module = self.model.get_submodule(name)
             del module.__dict__[READER]
-            drop_hook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, enter)
-            drop_hook(module._forward_hooks, module._forward_hooks_with_kwargs, leave)
-            for key in [key for key in module._forward_hooks_always_called if key not in module._forward_hooks]:
-                del module._forward_hooks_always_called[key]
+            drop_pre_hook(module, enter)
+            drop_hook(module, leave)
         if self.generates:
             del self.model.__dict__["generate"]
         super().remove()

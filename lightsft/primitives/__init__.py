@@ -1,7 +1,7 @@
 """The few things a strategy can place on a backbone; each one knows how to disable, save, merge and remove itself."""
 
 from lightsft.primitives.attention_prefix import AttentionPrefix, MixedPrefix, PlacedPrefix
-from lightsft.primitives.base import Part, PlacedPart, Primitive
+from lightsft.primitives.base import Arrangement, Part, PlacedPart, Primitive
 from lightsft.primitives.buffer_state import BufferState
 from lightsft.primitives.input_gradient import InputGradient
 from lightsft.primitives.side import PlacedSide, Side
@@ -10,6 +10,7 @@ from lightsft.primitives.untied import Untied
 from lightsft.primitives.weight_delta import PlacedDelta, WeightDelta
 
 __all__ = [
+    "Arrangement",
     "AttentionPrefix",
     "BufferState",
     "InputGradient",

@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightsft.errors import InjectionError
-from lightsft.primitives.base import Part, PlacedPart, drop_hook
+from lightsft.primitives.base import Part, PlacedPart, drop_hook, drop_pre_hook
 from lightsft.primitives.prefix_mixing import PrefixMixing
 from lightsft.quantization import device_of, parameter_names
 
@@ -102,10 +102,8 @@ class MixedPrefix(PlacedPrefix):
 
     def _disconnect(self) -> None:
         attention = self.attention
-        drop_hook(attention._forward_pre_hooks, attention._forward_pre_hooks_with_kwargs, _open)
-        drop_hook(attention._forward_hooks, attention._forward_hooks_with_kwargs, _close)
-        for key in [key for key in attention._forward_hooks_always_called if key not in attention._forward_hooks]:
-            del attention._forward_hooks_always_called[key]
+        drop_pre_hook(attention, _open)
+        drop_hook(attention, _close)
 
 
 def _open(attention: nn.Module, args: Any) -> None:

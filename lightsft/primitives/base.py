@@ -77,6 +77,36 @@ class Primitive(ABC):
         return 1.0
 
 
+class Arrangement(Primitive):
+    """A primitive that trains and saves nothing: it arranges the backbone for others. A merge keeps what it did."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Nothing."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing to load."""
+
+    def enable(self, enabled: bool) -> None:
+        """It changes no value."""
+
+    def covers(self) -> set[str]:
+        """No parameter."""
+        return set()
+
+    @property
+    def mergeable(self) -> bool:
+        """It stays."""
+        return True
+
+    def merge(self) -> None:
+        """Nothing to do."""
+
+
 class Part(nn.Module):
     """Base of the modules that are placed on a backbone: what is saved of them, and how."""
 
@@ -150,8 +180,18 @@ def free_name(module: nn.Module, wanted: str) -> str:
     return name
 
 
-def drop_hook(hooks: dict[int, Any], with_kwargs: dict[int, bool], function: Any) -> None:
-    """Take every hook equal to `function` out of a module's hook table."""
+def drop_hook(module: nn.Module, function: Any) -> None:
+    """Take every forward hook equal to `function` off a module."""
+    _drop(function, module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+
+
+def drop_pre_hook(module: nn.Module, function: Any) -> None:
+    """The same of the hooks that are called before it."""
+    _drop(function, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+
+
+def _drop(function: Any, hooks: dict[int, Any], *notes: dict[int, bool]) -> None:
     for key in [key for key, hook in hooks.items() if hook == function]:
         del hooks[key]
-        with_kwargs.pop(key, None)
+        for table in notes:
+            table.pop(key, None)

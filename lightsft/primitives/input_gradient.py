@@ -7,38 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightsft.primitives.base import Primitive, drop_hook
+from lightsft.primitives.base import Arrangement, drop_hook
 
 
-class InputGradient(Primitive):
+class InputGradient(Arrangement):
     """The embeddings called `name` return tensors that require a gradient; nothing is trained by it."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.name, self.model = name, model
         model.get_submodule(name).register_forward_hook(_require_gradient)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Nothing."""
-        return {}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing to load."""
-
-    def enable(self, enabled: bool) -> None:
-        """It never changes a value."""
-
-    def covers(self) -> set[str]:
-        """No parameter."""
-        return set()
-
-    @property
-    def mergeable(self) -> bool:
-        """It changes no value."""
-        return True
 
     def merge(self) -> None:
         """Take the hook off."""
@@ -47,7 +24,7 @@ class InputGradient(Primitive):
     def remove(self) -> None:
         """Take the hook off."""
         module = self.model.get_submodule(self.name)
-        drop_hook(module._forward_hooks, module._forward_hooks_with_kwargs, _require_gradient)
+        drop_hook(module, _require_gradient)
 
 
 def _require_gradient(module: nn.Module, args: Any, output: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightsft.dry_run import tensors_in
 from lightsft.plain_layers import plain_twin, unquantize
-from lightsft.primitives.base import Change, Part, PlacedPart, drop_hook, free_name
+from lightsft.primitives.base import Change, Part, PlacedPart, drop_hook, drop_pre_hook, free_name
 from lightsft.quantization import device_of, parameter_names
 
 SIDE, TAP = "lightsft_side", "lightsft_tap"
@@ -103,12 +103,12 @@ class PlacedSide(PlacedPart):
         served = self.served
         del served._modules[self.child]
         if not sides_of(served, SIDE):
-            drop_hook(served._forward_hooks, served._forward_hooks_with_kwargs, run_sides)
+            drop_hook(served, run_sides)
         if self.reads is not None:
             reader = self.model.get_submodule(self.reads)
             del reader._modules[self.tap]
             if not sides_of(reader, TAP):
-                drop_hook(reader._forward_pre_hooks, reader._forward_pre_hooks_with_kwargs, run_taps)
+                drop_pre_hook(reader, run_taps)
 
 
 def sides_of(module: nn.Module, kind: str) -> list[Side]:

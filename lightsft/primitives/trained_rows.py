@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from lightsft.anatomy import Anatomy, Weight
 from lightsft.dry_run import tensors_in
 from lightsft.errors import InjectionError, TargetError
-from lightsft.primitives.base import Part, Primitive, drop_hook
+from lightsft.primitives.base import Part, Primitive, drop_hook, drop_pre_hook
 from lightsft.primitives.side import first_output, with_first_output
 from lightsft.trace import nearest_called
 from lightsft.vocabulary import Table, Vocabulary
@@ -283,8 +283,8 @@ class _Lookup(_Use):
         reader.register_forward_hook(leave_lookup)
 
     def _unhook(self, reader: nn.Module) -> None:
-        drop_hook(reader._forward_pre_hooks, reader._forward_pre_hooks_with_kwargs, enter_lookup)
-        drop_hook(reader._forward_hooks, reader._forward_hooks_with_kwargs, leave_lookup)
+        drop_pre_hook(reader, enter_lookup)
+        drop_hook(reader, leave_lookup)
 
 
 class _Head(_Use):
@@ -294,7 +294,7 @@ class _Head(_Use):
         reader.register_forward_hook(extend_logits, with_kwargs=True)
 
     def _unhook(self, reader: nn.Module) -> None:
-        drop_hook(reader._forward_hooks, reader._forward_hooks_with_kwargs, extend_logits)
+        drop_hook(reader, extend_logits)
 
 
 class _HeadBias(_Use):
@@ -320,10 +320,8 @@ class _Whole(_Use):
         reader.register_forward_hook(_TakeApart(self.path), always_call=True)
 
     def _unhook(self, reader: nn.Module) -> None:
-        drop_hook(reader._forward_pre_hooks, reader._forward_pre_hooks_with_kwargs, _PutTogether(self.path))
-        drop_hook(reader._forward_hooks, reader._forward_hooks_with_kwargs, _TakeApart(self.path))
-        for key in [key for key in reader._forward_hooks_always_called if key not in reader._forward_hooks]:
-            del reader._forward_hooks_always_called[key]
+        drop_pre_hook(reader, _PutTogether(self.path))
+        drop_hook(reader, _TakeApart(self.path))
 
 
 def _uses(model: nn.Module, tables: Sequence[Table], anatomy: Anatomy) -> Iterator[_Use]:

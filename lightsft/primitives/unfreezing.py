@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightsft.plain_layers import make_plain, make_quantized
-from lightsft.primitives.base import Change, Primitive, drop_hook
+from lightsft.primitives.base import Change, Primitive, drop_hook, drop_pre_hook
 from lightsft.quantization import dequantized, is_plain, is_quantized, quantized_layers
 
 
@@ -259,5 +259,5 @@ class _BiasBeside:
 
     def take_off(self, module: nn.Module) -> None:
         """Unhook it."""
-        drop_hook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, self.hide)
-        drop_hook(module._forward_hooks, module._forward_hooks_always_called, self.add)
+        drop_pre_hook(module, self.hide)
+        drop_hook(module, self.add)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightsft.dry_run import text_config
-from lightsft.primitives.base import Primitive
+from lightsft.primitives.base import Arrangement
 
 
-class Untied(Primitive):
-    """The module called `name` gets a copy of the weight it shares. A merge keeps the copy; the model says so."""
+class Untied(Arrangement):
+    """The module called `name` gets a copy of the weight it shares, for others to train on; the configuration knows."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.name, self.model = name, model
@@ -33,32 +33,6 @@ class Untied(Primitive):
             before = bool(getattr(part, "tie_word_embeddings", False))
             self.tied_before.setdefault(id(part), before)
             part.tie_word_embeddings = self.tied_before[id(part)] if tied else False
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Nothing: others train on it."""
-        return {}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Nothing: it starts as the weight that was shared."""
-        return {}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing to load."""
-
-    def enable(self, enabled: bool) -> None:
-        """The copy holds the same values as long as nothing is merged into it."""
-
-    def covers(self) -> set[str]:
-        """No parameter."""
-        return set()
-
-    @property
-    def mergeable(self) -> bool:
-        """The copy stays."""
-        return True
-
-    def merge(self) -> None:
-        """Nothing to do: the copy stays in its place."""
 
     def remove(self) -> None:
         """Share the weight again."""

@@ -23,7 +23,7 @@ from transformers import Cache, EncoderDecoderCache
 
 from lightsft.dry_run import evaluating
 from lightsft.errors import InjectionError, LightsftError, TargetError
-from lightsft.primitives.base import Part, PlacedPart, drop_hook
+from lightsft.primitives.base import Part, PlacedPart, drop_hook, drop_pre_hook
 from lightsft.primitives.input_path import InputPath, by_name, vectors_in
 from lightsft.primitives.side import first_output, with_first_output
 
@@ -141,11 +141,11 @@ class PlacedVirtualTokens(PlacedPart):
     def remove(self) -> None:
         """Take the child, the references to it and the hooks off again."""
         trunk, embedding = (self.model.get_submodule(name) for name in (self.path.trunk, self.path.embedding))
-        drop_hook(trunk._forward_pre_hooks, trunk._forward_pre_hooks_with_kwargs, enter_trunk)
-        drop_hook(trunk._forward_hooks, trunk._forward_hooks_with_kwargs, leave_trunk)
-        drop_hook(embedding._forward_hooks, {}, embed)
+        drop_pre_hook(trunk, enter_trunk)
+        drop_hook(trunk, leave_trunk)
+        drop_hook(embedding, embed)
         for reader in self._readers():
-            drop_hook(reader._forward_pre_hooks, reader._forward_pre_hooks_with_kwargs, enter_reader)
+            drop_pre_hook(reader, enter_reader)
             del reader.__dict__[TOKENS]
         del trunk._modules[TOKENS]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightsft.anatomy import Weight
-from lightsft.primitives.base import Change, Part, PlacedPart, drop_hook
+from lightsft.primitives.base import Change, Part, PlacedPart, drop_hook, drop_pre_hook
 
 DELTA = "lightsft_delta_"
 
@@ -89,10 +89,8 @@ class PlacedDelta(PlacedPart):
         """Take delta and hooks off again."""
         for owner, reader in self.weight.places:
             module, path = self.model.get_submodule(reader), _relative(owner, reader)
-            drop_hook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, _Shadow(path))
-            drop_hook(module._forward_hooks, module._forward_hooks_with_kwargs, _Unshadow(path))
-            for key in [key for key in module._forward_hooks_always_called if key not in module._forward_hooks]:
-                del module._forward_hooks_always_called[key]
+            drop_pre_hook(module, _Shadow(path))
+            drop_hook(module, _Unshadow(path))
         for owner in dict.fromkeys(owner for owner, _ in self.weight.places):
             holder, _, attribute = owner.rpartition(".")
             del self.model.get_submodule(holder)._modules[DELTA + attribute]
