@@ -8,6 +8,7 @@ import transformers
 
 import lightsft
 from lightsft.comparison import jobs
+from lightsft.comparison.compare import compare
 from lightsft.comparison.report.wording import machine
 from lightsft.config import SingleConfig, build
 from lightsft.export.merge import merge
@@ -107,3 +108,21 @@ def test_a_comparison_says_how_its_base_is_quantized(bert, rows_csv, tmp_path):
     started = jobs.start({"config": values}, lambda event: None)
     assert started["machine"]["quantization"] == NAMES["nf4 double"]
     assert ("quantization", NAMES["nf4 double"]) in machine(started)
+
+
+@pytest.mark.slow
+def test_a_comparison_on_a_quantized_base_from_end_to_end(bert, rows_csv, tmp_path):
+    values = {**single(bert, rows_csv, tmp_path / "out"), "quantization": "nf4", "dtype": "bfloat16", "seeds": 2}
+    values["strategies"] = ["lora(rank=4)", "adapter", "prefix", "ia3"]
+    values.pop("strategy")
+    results = compare(**values)
+    assert [trial["status"] for trial in results["trials"]] == ["finished"] * 8
+    for trial in results["trials"]:
+        assert settings(tmp_path / "out" / trial["adapter"])["base"]["quantization"] == "nf4"
+    assert "nf4" in (tmp_path / "out" / "report.md").read_text()
+    certificate = json.loads((tmp_path / "out" / "merged" / "certificate.json").read_text())
+    assert certificate["passed"]
+    assert certificate["onto"] == "base"
+    assert abs(certificate["score_after"] - certificate["score_before"]) <= 1 / certificate["examples"] + 1e-9
+    merged = Predictor(tmp_path / "out" / "merged", device="cpu")
+    assert merged.backbone.quantization is None
