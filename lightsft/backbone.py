@@ -23,7 +23,7 @@ from lightsft.loading_memory import given_back
 from lightsft.meta import weightless
 from lightsft.plain_layers import plain_copy
 from lightsft.quantization import Quantization, dequantized, describe, keep_codes, quantized_layers
-from lightsft.quantizing import quantizable, quantize, trainable_kernels
+from lightsft.quantizing import quantizable, quantize, reading_codes, require_kernels, trainable_kernels
 from lightsft.quiet import quiet
 from lightsft.trace import Trace, meta_copy, trace
 
@@ -115,6 +115,9 @@ class Backbone:
             options["ignore_mismatched_sizes"] = True
         how = Quantization(quantization, double_quantization) if quantization is not None else None
         maker = kind or auto_class(task)
+        if how is not None:
+            require_kernels(how, place)
+        codes: Mapping[str, Any] = {}
         with loading(str(path_or_id)), _seeded(seed):
             tokenizer = _tokenizer(folder, gguf, required=kind is None)
             if how is not None and gguf is None:
@@ -122,9 +125,9 @@ class Backbone:
                     folder, maker, how, compute, place, None if labels is None else len(labels)
                 )
             elif gguf is None:
-                settings, _ = PreTrainedConfig.get_config_dict(folder)
-                options |= trainable_kernels(settings.get("quantization_config") or {})
-            with given_back(folder) if how is not None else contextlib.nullcontext():
+                codes = PreTrainedConfig.get_config_dict(folder)[0].get("quantization_config") or {}
+                options |= trainable_kernels(codes)
+            with given_back(folder) if how is not None else reading_codes(str(path_or_id), codes):
                 model, info = maker.from_pretrained(folder, output_loading_info=True, **options)
         fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
         _give_padding(model, tokenizer)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lightsft.errors import BackboneError, ConfigurationError
 from lightsft.quantization import KERNELS, Quantization, bitsandbytes_library, keep_codes, matrix
 
 if TYPE_CHECKING:
@@ -34,6 +36,33 @@ def quantizable(model: nn.Module, anatomy: Anatomy) -> list[str]:
         and type(model.get_submodule(name)) in (nn.Linear, Conv1D)
         and not any(re.search(rf"(^|\.){part}($|\.)", name) for part in wide)
     ]
+
+
+def require_kernels(how: Quantization, device: torch.device) -> None:
+    """Raise ConfigurationError if bitsandbytes has nothing for this kind of device."""
+    known = sorted(bitsandbytes_library().supported_torch_devices)
+    if device.type not in known:
+        raise ConfigurationError(
+            f"{how} on a device of type {device.type}, for which bitsandbytes has no kernels",
+            expected=f"one of {', '.join(known)}",
+            todo="leave the quantization out, or choose another device",
+        )
+
+
+@contextmanager
+def reading_codes(source: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Within it, what is missing to load a checkpoint with these settings of quantization is said in one way."""
+    try:
+        yield
+    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+        if not settings:
+            raise
+        method, reason = settings.get("quant_method", "by an unnamed method"), str(error).strip().splitlines()[0]
+        raise BackboneError(
+            f"{source} is quantized ({method}), and cannot be loaded here: {reason}",
+            expected="the library that reads its codes, and a device that it computes on",
+            todo="install that; or load the model that it was made of, with quantization='nf4' or 'int8'",
+        ) from error
 
 
 def trainable_kernels(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ says which were.
 """
 
 import copy
+import json
 import tempfile
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 import lightsft
 from lightsft import Backbone
-from lightsft.errors import ArtifactError, InjectionError, MergeError
+from lightsft.errors import ArtifactError, BackboneError, ConfigurationError, InjectionError, MergeError
 from lightsft.plain_layers import make_plain, make_quantized, plain_copy
 from lightsft.quantization import dequantized, describe, is_quantized
 from lightsft.tree import read_tree
@@ -399,6 +400,34 @@ def test_a_format_for_inference_alone_is_refused_by_name(kind, what):
     with pytest.raises(InjectionError, match=f"(?s){kind.__name__}.*{what}.*bitsandbytes"):
         LoRA(4).inject(Backbone(model))
     assert not [name for name, _ in model.named_modules() if "lightsft" in name]
+
+
+MISSING = {  # method -> what transformers needs for it, and no machine without an accelerator has
+    "eetq": "kernels",
+    "aqlm": "aqlm",
+    "vptq": "vptq",
+    "fbgemm_fp8": "GPU",
+    "nvfp4": "not supported",
+}
+
+
+@pytest.mark.parametrize(("method", "reason"), MISSING.items(), ids=MISSING)
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_for_another_backend_is_refused_with_the_reason(method, reason, llama, tmp_path):
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((llama / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match=rf"(?si)is quantized \({method}\).*{reason}.*quantization='nf4'"):
+        Backbone.load(tmp_path, task="chat", device="cpu")
+
+
+def test_a_device_without_kernels_is_refused(llama, monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda"})
+    with pytest.raises(ConfigurationError, match=r"(?s)int8 on a device of type cpu.*one of cuda"):
+        Backbone.load(llama, task="chat", device="cpu", quantization="int8")
 
 
 # ---- the libraries themselves, where they are installed
