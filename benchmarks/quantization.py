@@ -2,8 +2,8 @@
 
 MiniLM-L6 on the demo's sentiment texts (accuracy); with --task chat, SmolLM2-135M on small talk (loss per token). Each
 trial runs in a process of its own: same rows, batches, optimizer (AdamW, linear decay) and loop for both libraries; it
-is evaluated after each epoch, as usual, then merged and evaluated again. PEFT's path: prepare_model_for_kbit_training,
-get_peft_model, merge_and_unload. Peak: memory of the process above what the imports took. Trials alternate.
+is evaluated after each epoch, as usual, then merged and evaluated again: in the base's type, or in fp32 where that type
+would lose more than `lightsft merge` accepts. PEFT's path: prepare_model_for_kbit_training, get_peft_model, merge_and_unload. Peak: memory of the process above what the imports took. Trials alternate.
 
 A trial of PEFT that fails is tried once more without the evaluation between the epochs, and its row says so. With
 --trials FILE every trial is kept there as a line of JSON, and not run again.
@@ -63,7 +63,12 @@ def row(base: str, strategy: str, library: str, trials: list[dict[str, Any]]) ->
     cells = [base, strategy, library + without, f"{mean['trained']:.4f}"]
     if merged:
         off = [one["merged"] - one["trained"] for one in trials]
-        cells += [f"{statistics.mean(merged):.4f}", f"{statistics.mean(off):+.4f}", f"{max(map(abs, off)):.4f}"]
+        wide = (
+            f" ({sum(one['wide'] for one in trials)} of {len(trials)} in fp32)"
+            if any(o["wide"] for o in trials)
+            else ""
+        )
+        cells += [f"{statistics.mean(merged):.4f}{wide}", f"{statistics.mean(off):+.4f}", f"{max(map(abs, off)):.4f}"]
     else:
         cells += ["-", "-", "-"]
     return "| " + " | ".join([*cells, f"{mean['peak'] / 1e6:.0f} MB", f"{mean['seconds']:.1f}"]) + " |"
@@ -123,7 +128,8 @@ def trial(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     merged = merge()
     after = None if merged is None else score(chosen, merged, validation)
-    return {"trained": trained, "merged": after, "peak": peak * 1024, "seconds": seconds}
+    wide = merged is not None and base != "float32" and merged.model.dtype == torch.float32
+    return {"trained": trained, "merged": after, "peak": peak * 1024, "seconds": seconds, "wide": wide}
 
 
 def data(task: str) -> tuple[Any, list[Any], list[Any]]:
@@ -165,7 +171,8 @@ def plain_checkpoint(task: str, folder: Path) -> str:
 
 def ours(task: str, checkpoint: str, base: str, strategy: str, seed: int) -> tuple[Any, ...]:
     import lightsft
-    from lightsft import Backbone
+    from lightsft import Backbone, artifact
+    from lightsft.export.rounding import MOST_ROUNDING, in_type, roundings, total
 
     labels = ["negative", "neutral", "positive"] if task == "classification" else None
     codes = base if base in ("int8", "nf4") else None
@@ -182,8 +189,14 @@ def ours(task: str, checkpoint: str, base: str, strategy: str, seed: int) -> tup
     def merge() -> Any:
         if not injection.mergeable:
             return None
-        injection.merge()
-        return backbone
+        if total(roundings(injection, in_type(backbone.stored_dtype))).ratio <= MOST_ROUNDING:
+            injection.merge()
+            return backbone
+        with tempfile.TemporaryDirectory() as folder:  # `lightsft merge` refuses, and names --dtype float32
+            injection.save(folder)
+            wide = artifact.load_base(Path(folder), checkpoint, dtype="float32", device="cpu")
+            artifact.load(Path(folder), wide).merge()
+        return wide
 
     return backbone, injection.parameters(), injection.strategy.learning_rate, merge
 
