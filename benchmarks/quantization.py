@@ -3,7 +3,8 @@
 MiniLM-L6 on the demo's sentiment texts (accuracy); with --task chat, SmolLM2-135M on small talk (loss per token). Each
 trial runs in a process of its own: same rows, batches, optimizer (AdamW, linear decay) and loop for both libraries; it
 is evaluated after each epoch, as usual, then merged and evaluated again: in the base's type, or in fp32 where that type
-would lose more than `lightsft merge` accepts. PEFT's path: prepare_model_for_kbit_training, get_peft_model, merge_and_unload. Peak: memory of the process above what the imports took. Trials alternate.
+would lose more than `lightsft merge` accepts. PEFT's path: prepare_model_for_kbit_training, get_peft_model,
+merge_and_unload. Peak: memory of the process above what the imports took. Trials alternate.
 
 A trial of PEFT that fails is tried once more without the evaluation between the epochs, and its row says so. With
 --trials FILE every trial is kept there as a line of JSON, and not run again.
