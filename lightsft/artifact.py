@@ -21,11 +21,11 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from lightsft import registry
-from lightsft.backbone import Backbone, same_values
+from lightsft.backbone import Backbone, loading, locate, same_values
 from lightsft.device import dtype_name
 from lightsft.dry_run import input_embeddings
 from lightsft.errors import ArtifactError, BackboneError, LightsftError
@@ -141,8 +141,11 @@ def load_base(directory: Path, base: str | None = None, *, as_quantized: bool = 
             todo="name it: lightsft.load(directory, backbone), or --base MODEL",
         )
     try:
-        then = _as_quantized_then(settings) if as_quantized else {}
-        return Backbone.load(source, **{**_what_to_load(directory, settings, peft), **options, **then})
+        then = _as_quantized_then(settings, source) if as_quantized else {}
+        backbone = Backbone.load(source, **{**_what_to_load(directory, settings, peft), **options, **then})
+        if then and options.get("dtype") in ("float32", torch.float32):
+            backbone.cast(torch.float32)
+        return backbone
     except BackboneError as error:
         if base is not None:
             raise
@@ -153,11 +156,19 @@ def load_base(directory: Path, base: str | None = None, *, as_quantized: bool = 
         ) from error
 
 
-def _as_quantized_then(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantization of the base, and the type that its codes were made from: another gives other codes."""
+def _as_quantized_then(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The quantization of the base, and the type that its codes were made from: another gives other codes.
+
+    A source that holds the codes themselves needs no quantization.
+    """
     how = Quantization.parse(settings.get("base", {}).get("quantization"))
     if how is None:
         return {}
+    with loading(source):
+        folder, gguf = locate(source)
+        config = PreTrainedConfig.get_config_dict(folder)[0] if gguf is None else {}
+    if config.get("quantization_config"):
+        return {"dtype": settings["base"]["dtype"]}
     return {"quantization": how.scheme, "double_quantization": how.double, "dtype": settings["base"]["dtype"]}
 
 

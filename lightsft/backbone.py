@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from lightsft.anatomy import Anatomy, find_blocks, head_parameters, is_linear, read_anatomy
 from lightsft.device import choose_device, choose_dtype
 from lightsft.dry_run import candidate_inputs, find_moving_buffers, tiny_inputs
-from lightsft.errors import BackboneError
+from lightsft.errors import BackboneError, first_line
 from lightsft.loading_memory import given_back
 from lightsft.meta import weightless
 from lightsft.plain_layers import plain_copy
-from lightsft.quantization import Quantization, dequantized, describe, keep_codes, quantized_layers
+from lightsft.quantization import Quantization, dequantized, describe, is_plain, keep_codes, quantized_layers
 from lightsft.quantizing import quantizable, quantize, reading_codes, require_kernels, trainable_kernels
 from lightsft.quiet import quiet
 from lightsft.trace import Trace, meta_copy, trace
@@ -242,6 +242,19 @@ class Backbone:
         module: nn.Module = self.model.get_submodule(name)
         return module
 
+    @torch.no_grad()
+    def cast(self, dtype: torch.dtype) -> None:
+        """Keep what is in floating point in this type. Quantized layers stay, with the type that they compute in."""
+        layers = set(quantized_layers(self.model).values())
+        for module in self.model.modules():
+            buffers = () if module in layers else module.buffers(recurse=False)
+            for tensor in (*module.parameters(recurse=False), *buffers):
+                if is_plain(tensor):
+                    tensor.data = tensor.data.to(dtype)
+        self.model.config.dtype = dtype
+        self.stored_dtype = dtype
+        self.compute_dtype = self.compute_dtype if layers else dtype
+
     def sketch(self) -> dict[str, list[float]]:
         """A few values of a few weights, to tell one backbone from another whatever type it is loaded in.
 
@@ -299,7 +312,7 @@ def quantized_loading(
     config = AutoConfig.from_pretrained(folder, **({} if labels is None else {"num_labels": labels}))
     if getattr(config, "quantization_config", None) is not None:
         raise BackboneError(
-            f"{folder} is quantized already ({config.quantization_config['quant_method']})",
+            f"{folder} is quantized already ({config.quantization_config.get('quant_method', 'by an unnamed method')})",
             expected=f"a checkpoint in floating point to quantize to {how}",
             todo="leave the quantization out, or load the model that it was made of",
         )
@@ -389,7 +402,7 @@ def loading(path_or_id: str) -> Iterator[None]:
             yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BackboneError(
-            f"cannot load a model from {path_or_id!r}: {str(error).strip().splitlines()[0]}",
+            f"cannot load a model from {path_or_id!r}: {first_line(error)}",
             expected="a transformers checkpoint folder, a GGUF file, or a hub id that can be reached",
             todo="check the path; a hub id needs a network connection or a filled cache",
         ) from error

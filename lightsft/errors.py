@@ -66,3 +66,9 @@ class MergeError(LightsftError):
 
 class OutputError(LightsftError):
     """A folder that is occupied, or a disk that is full."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's code says, in a line; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

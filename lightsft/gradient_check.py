@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightsft.errors import first_line
 from lightsft.quantization import accepted_zeros, describe_layer, in_mode, quantized_layers
 
 PROBED_ROWS, SIMILAR = 16, 0.9  # directions in which a layer's gradient is compared with its output, cosine
@@ -39,7 +40,7 @@ def _mode_problem(layer: nn.Module) -> str | None:
     try:
         layer.train()
     except NotImplementedError as error:
-        return f"is for inference alone ({error})"
+        return f"is for inference alone ({first_line(error)})"
     finally:
         layer.training = before
     return None
@@ -59,7 +60,7 @@ def _gradient_problem(layer: Any) -> str | None:
                 return "passes no gradient to its input"
             gradient = torch.autograd.grad(output, start, weights, allow_unused=True)[0]
         except Exception as error:  # kernels without a derivative say so in many ways
-            return f"fails in training ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+            return f"fails in training ({type(error).__name__}: {first_line(error)})"
         if gradient is None or not bool(gradient.any()):
             return "passes no gradient to its input"
         with torch.no_grad():

@@ -274,8 +274,9 @@ class Injection:
     def merge(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Fold everything into the backbone's weights (fp32, one rounding): a plain transformers model.
 
-        A quantized backbone becomes a plain one of type `dtype` (by default that of its other weights): what was
-        trained is W + delta with the dequantized W, and another rounding to codes would lose most of the delta.
+        All of it is stored as `dtype`, by default as the type of the weights that are not quantized. A quantized
+        backbone becomes a plain one: what was trained is W + delta with the dequantized W, and another rounding to
+        codes would lose most of the delta.
         Raises MergeError, leaving all in place, if some primitive is not linear.
         """
         if not self.mergeable:
@@ -288,12 +289,23 @@ class Injection:
         with self.disabled():
             quantized = quantized_layers(self.model)  # those that a strategy made plain among them
         self._enable(True)
+        if dtype is not None:
+            self._store_as(dtype)
         for primitive in self.primitives:
             primitive.merge()
         self._release()
         if quantized:
-            make_model_plain(self.model, quantized.values(), dtype or self.backbone.stored_dtype)
+            make_model_plain(self.model, quantized.values(), self.backbone.stored_dtype)
+            self.backbone.__dict__.pop("quantization", None)
         return self.model
+
+    def _store_as(self, dtype: torch.dtype) -> None:
+        trained = {id(parameter): parameter.data for parameter in self.parameters()}
+        self.backbone.cast(dtype)
+        for parameter in self.parameters():
+            parameter.data = trained[id(parameter)]  # masters are rounded by the merge alone
+        for primitive in self.primitives:
+            primitive.store_as(dtype)
 
     def _release(self) -> Backbone:
         self.primitives = []

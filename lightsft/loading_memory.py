@@ -5,7 +5,8 @@ pieces for later. The system can take back the first when memory runs out and ne
 or a look at its peak, counts both: quantizing a model while it is loaded would seem to hold the whole checkpoint.
 
 On Linux, `given_back` drops mapped pages as they pile up (MADV_PAGEOUT) and trims the heap (malloc_trim). No value is
-lost: a page that is needed again is read again, and one that was written to is not the file's any more and stays.
+lost: a page that is needed again is read again, and one that was written to is not the file's any more and stays. The
+system keeps pages of files that the user neither owns nor may write, and those that another process maps too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SECONDS = 0.02  # between two looks at the maps: at 2 GB/s, 40 MB are read in between
@@ -58,12 +59,18 @@ def _give_back_until(done: threading.Event, places: tuple[str, ...]) -> None:
     while True:
         last = done.wait(SECONDS)
         looks += 1
-        for start, end in mapped(places):
+        for start, end in _readable(places):
             library.madvise(start, end - start, PAGEOUT)  # an older kernel refuses, and the pages stay
         if trim is not None and (last or looks % TRIM_EVERY == 0):
             trim(0)
         if last:
             return
+
+
+def _readable(places: tuple[str, ...]) -> list[tuple[int, int]]:
+    with suppress(OSError):  # a machine that hides the maps keeps its pages
+        return mapped(places)
+    return []
 
 
 def mapped(places: tuple[str, ...]) -> list[tuple[int, int]]:

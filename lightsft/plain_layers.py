@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +48,17 @@ def make_plain(layer: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str
     plain = _filled(plain_layer(layer), layer, dtype)
     _become(layer, type(plain), plain.__dict__)
     return before
+
+
+@contextmanager
+def computed_exactly(model: nn.Module) -> Iterator[None]:
+    """Within it, quantized layers are plain ones in fp32: the products with W are not rounded to 16 bits."""
+    before = {layer: make_plain(layer) for layer in quantized_layers(model).values()}
+    try:
+        yield
+    finally:
+        for layer, codes in before.items():
+            make_quantized(layer, codes)
 
 
 def unquantize(layer: nn.Module) -> None:
@@ -104,3 +116,15 @@ def forget_quantization(model: PreTrainedModel) -> None:
         model.__dict__.pop(name, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    conversions = model.__dict__.get("_weight_conversions")  # undone when the model is saved
+    if conversions:
+        model._weight_conversions = [conversion for conversion in conversions if _can_be_undone(conversion)]
+
+
+def _can_be_undone(conversion: Any) -> bool:
+    """Whether a conversion of transformers from file to model has a way back; what reads codes has none."""
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True

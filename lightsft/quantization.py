@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightsft.errors import ConfigurationError
+from lightsft.errors import BackboneError, ConfigurationError, first_line
 
 SCHEMES = ("int8", "nf4", "fp4")
 ROWS_AT_ONCE = 1024  # unit vectors that a layer without a known format is asked for
@@ -264,7 +264,7 @@ def _from_unit_vectors(layer: Any) -> Tensor:
     try:
         with in_mode(layer, training=True):
             return _products_with_unit_vectors(layer)
-    except NotImplementedError:  # a kernel for inference alone, which is refused where something is trained beside it
+    except Exception:  # a kernel for inference alone, which is refused where something is trained beside it
         with in_mode(layer, training=False):
             return _products_with_unit_vectors(layer)
 
@@ -305,7 +305,7 @@ def accepted_zeros(layer: Any) -> Tensor:
     own = [t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize >= 2]
     said = [getattr(layer, name, None) for name in ("compute_dtype", "dtype")]
     own += [dtype for dtype in said if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
-    refused = []
+    refused: list[Exception] = []
     for dtype in dict.fromkeys([*own, torch.float32, torch.bfloat16, torch.float16]):
         zeros = torch.zeros(1, quantized_shape(layer)[1], dtype=dtype, device=device_of(layer))
         try:
@@ -314,7 +314,12 @@ def accepted_zeros(layer: Any) -> Tensor:
             refused.append(error)
         else:
             return zeros
-    raise refused[0]
+    raise BackboneError(
+        f"a {type(layer).__name__} ({describe_layer(layer)}) computes nothing on {device_of(layer)}: "
+        f"{first_line(refused[0])}",
+        expected="quantized layers with kernels for this device",
+        todo="move the model to a device that they run on, or load it dequantized",
+    ) from refused[0]
 
 
 def _is_repacked(layer: nn.Module) -> bool:

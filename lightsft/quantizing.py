@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightsft.errors import BackboneError, ConfigurationError
+from lightsft.errors import BackboneError, ConfigurationError, first_line
 from lightsft.quantization import KERNELS, Quantization, bitsandbytes_library, keep_codes, matrix
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def reading_codes(source: str, settings: Mapping[str, Any]) -> Iterator[None]:
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         if not settings:
             raise
-        method, reason = settings.get("quant_method", "by an unnamed method"), str(error).strip().splitlines()[0]
+        method, reason = settings.get("quant_method", "by an unnamed method"), first_line(error)
         raise BackboneError(
             f"{source} is quantized ({method}), and cannot be loaded here: {reason}",
             expected="the library that reads its codes, and a device that it computes on",

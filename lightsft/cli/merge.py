@@ -79,4 +79,6 @@ def _scores(certificate: Mapping[str, Any]) -> str:
 
 
 def _share(rounding: Mapping[str, Any]) -> str:
-    return "0 %" if rounding["ratio"] is None else f"{100 * rounding['ratio']:.3g} %"
+    if rounding["ratio"] is None:
+        return "0 %" if rounding["error"] == 0 else "more than all"
+    return f"{100 * rounding['ratio']:.3g} %"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightsft import artifact
-from lightsft.config import SingleConfig, build
+from lightsft.config import RunConfig, SingleConfig, TrainConfig, build
 from lightsft.data.reading import Row, read_rows
 from lightsft.data.splits import at_most
 from lightsft.errors import ConfigurationError, LightsftError
@@ -31,6 +31,8 @@ class HeldOut:
 def held_out(adapter: Path, data: str | None = None, encoding: str = "utf-8") -> HeldOut | None:
     """At most MOST_ROWS rows of the file `data`; without one, of the test split of the run that `adapter` is of.
 
+    That run is in the adapter's own folder, or, of a comparison, up to three above it.
+
     None where neither is there: in a folder that no run wrote, or whose data file is gone or is another now.
     Raises ConfigurationError where the folder does not say what it was trained for, DataError for a wrong file.
     """
@@ -52,11 +54,13 @@ def held_out(adapter: Path, data: str | None = None, encoding: str = "utf-8") ->
 def _of_the_run(adapter: Path) -> HeldOut | None:
     from lightsft.training.run import read
 
-    if not (adapter / RUN).exists():
+    run = next((folder for folder in (adapter, *adapter.parents[:3]) if (folder / RUN).exists()), None)
+    if run is None:
         return None
-    found = read_json(adapter / RUN)
+    found = read_json(run / RUN)
     try:
-        config = build(SingleConfig, {**found["settings"], "out": adapter})
+        kind: type[TrainConfig] = RunConfig if "strategies" in found["settings"] else SingleConfig
+        config = build(kind, {**found["settings"], "out": run})
         if identity_of(config.model_dump(mode="json"))["data_sha256"] != found["data_sha256"]:
             logger.warning("the data of the run is gone or is another now, so the merge is not scored on it")
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,14 @@ from lightsft import artifact
 from lightsft.backbone import Backbone
 from lightsft.device import choose_dtype
 from lightsft.dry_run import text_config
-from lightsft.errors import ConfigurationError, MergeError
+from lightsft.errors import ArtifactError, ConfigurationError, MergeError
 from lightsft.export.certificate import CERTIFICATE, Batch, certify, logits_of, plain_logits, provenance
 from lightsft.export.held_out import HeldOut, held_out
 from lightsft.export.rounding import MOST_ROUNDING
-from lightsft.export.storing import BASE, CORRECTION, ORIGINAL, onto_base, onto_codes, onto_original
+from lightsft.export.storing import BASE, CORRECTION, ORIGINAL, Stored, onto_base, onto_codes, onto_original
 from lightsft.files import new_folder, require_free, write_json
 from lightsft.injection import Injection
+from lightsft.plain_layers import computed_exactly
 from lightsft.quantization import SCHEMES, Quantization
 from lightsft.quiet import quiet
 from lightsft.training.evaluate import batches, score_model
@@ -77,25 +80,25 @@ def merge_folder(
 ) -> dict[str, Any]:
     """Merge, verify on `rows` (on random tokens without), write; returns the certificate."""
     require_free(out)
-    if onto not in (BASE, ORIGINAL, *SCHEMES):
-        raise ConfigurationError(f"onto={onto!r}", expected=f"one of {', '.join((BASE, ORIGINAL, *SCHEMES))}")
+    _require_known(onto, dtype, correction_rank)
     backbone = artifact.load_base(adapter, base, dtype=dtype, device="cpu")
     injection = artifact.load(adapter, backbone)
     if not injection.mergeable:
         raise _cannot_merge(injection, adapter)
     name = backbone.task or "chat"
     compared = _inputs(backbone, rows)
-    tuned = logits_of(backbone, compared)
-    with injection.disabled():
-        plain = logits_of(backbone, compared)
+    wanted = None if dtype == "checkpoint" else choose_dtype(dtype, backbone.model.device)
+    with computed_exactly(backbone.model) if wanted == torch.float32 else nullcontext():
+        tuned = logits_of(backbone, compared)
+        with injection.disabled():
+            plain = logits_of(backbone, compared)
     scores: dict[str, Any] = {}
     if rows is not None:
         scores = {"metric": rows.task.metric, "examples": len(rows.rows), "score_before": _score(backbone, rows)}
-    wanted = None if dtype == "checkpoint" else choose_dtype(dtype, backbone.model.device)
     if onto == ORIGINAL:
         stored = onto_original(injection, lambda: _on_original(adapter, base, dtype), most_rounding)
     elif onto in SCHEMES:
-        stored = onto_codes(injection, Quantization(onto), most_rounding, correction_rank)
+        stored = onto_codes(injection, Quantization(onto), most_rounding, correction_rank, str(out))
     else:
         stored = onto_base(injection, wanted, most_rounding)
     model = stored.backbone.model
@@ -124,13 +127,7 @@ def merge_folder(
                 scores["score_corrected"] = _score(reloaded, rows)
         certificate |= scores | stored.report() | provenance(adapter, str(backbone.source), folder)
         if not certificate["passed"]:
-            raise MergeError(
-                f"the merged checkpoint differs from base + adapter by {certificate['largest_logit_difference']:.3g}",
-                expected=f"{certificate['limit_applies_to']} of at most {certificate['limit']:.3g}",
-                todo="nothing was written; merge in full precision with --dtype float32"
-                if model.dtype != torch.float32
-                else "nothing was written; report it with the model's name",
-            )
+            raise _not_the_same(certificate, stored)
         write_json(folder / CERTIFICATE, certificate)
     return certificate
 
@@ -139,10 +136,61 @@ def _score(backbone: Backbone, rows: HeldOut) -> float:
     return float(score_model(backbone, rows.task, rows.rows, 64)[rows.task.metric])
 
 
+def _require_known(onto: str, dtype: str, correction_rank: int) -> None:
+    if onto not in (BASE, ORIGINAL, *SCHEMES):
+        raise ConfigurationError(f"onto={onto!r}", expected=f"one of {', '.join((BASE, ORIGINAL, *SCHEMES))}")
+    if correction_rank and onto not in SCHEMES:
+        raise ConfigurationError(
+            f"a correction of rank {correction_rank} onto {onto}",
+            expected=f"codes, which lose something: {', '.join(SCHEMES)}",
+            todo="leave --correction-rank out",
+        )
+    if dtype != "checkpoint" and onto in SCHEMES:
+        raise ConfigurationError(
+            f"dtype={dtype!r} onto {onto}",
+            expected="the type that the base is kept in, for what is not in codes",
+            todo="leave --dtype out",
+        )
+
+
+def _not_the_same(certificate: Mapping[str, Any], stored: Stored) -> MergeError:
+    """What was compared and differs: the reload with what was written, or that with base + adapter."""
+    todo = "nothing was written; merge in full precision with --dtype float32"
+    if stored.backbone.quantization is not None:
+        todo = "nothing was written; keep what was trained in plain weights (--onto base)"
+    elif stored.backbone.model.dtype == torch.float32:
+        todo = "nothing was written; report it with the model's name"
+    if certificate["reload_difference"] > certificate["reload_limit"]:
+        return MergeError(
+            f"the merged checkpoint, reloaded by plain transformers, differs from what was merged by "
+            f"{certificate['reload_difference']:.3g}",
+            expected=f"a {certificate['reload_limit_applies_to']} of at most {certificate['reload_limit']:.3g}",
+            todo=todo,
+        )
+    return MergeError(
+        f"the merged checkpoint differs from base + adapter by {certificate['largest_logit_difference']:.3g}",
+        expected=f"a {certificate['limit_applies_to']} of at most {certificate['limit']:.3g}",
+        todo=todo,
+    )
+
+
 def _on_original(adapter: Path, base: str | None, dtype: str) -> Injection:
     """The same strategy on the weights that the codes were made of."""
     original = artifact.load_base(adapter, base, dtype=dtype, device="cpu", as_quantized=False)
-    return artifact.load(adapter, original, other_quantization=True)
+    if original.quantization is not None:
+        raise MergeError(
+            f"{original.source} holds the codes themselves ({original.quantization})",
+            expected="the checkpoint in floating point that they were made of",
+            todo="name it with --base, or leave out --onto original",
+        )
+    try:
+        return artifact.load(adapter, original, other_quantization=True)
+    except ArtifactError as error:
+        raise MergeError(
+            f"what was trained beside codes does not fit the original weights: {error.found}",
+            expected="a strategy that places the same on both",
+            todo="merge onto the dequantized weights: --onto base",
+        ) from error
 
 
 def _keep_length(backbone: Backbone, adapter: Path) -> None:

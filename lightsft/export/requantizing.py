@@ -48,11 +48,11 @@ def requantize(
         layer = model.get_submodule(name)
         exact = matrix(layer).float()
         made, correction = _fitted(layer, exact, how, compute_dtype, rank, steps)
-        without.append(_rounding(name, delta, dequantized(quantized_layer(layer, how, compute_dtype)) - exact))
         error = dequantized(made) - exact
         if correction is not None:
             corrections[name] = correction
             error += correction.b @ correction.a
+            without.append(_rounding(name, delta, dequantized(quantized_layer(layer, how, compute_dtype)) - exact))
         rows.append(_rounding(name, delta, error))
         model.set_submodule(name, made)
     mark_quantized(model, how, compute_dtype)

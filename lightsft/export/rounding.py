@@ -76,7 +76,7 @@ def in_type(dtype: torch.dtype) -> Store:
 def require_little(rows: Sequence[Rounding], most: float, todo: str) -> Rounding:
     """The total; raise MergeError if it loses more than `most` of what was trained."""
     found = total(rows)
-    if found.ratio > most:
+    if not found.ratio <= most:  # a limit that is no number lets nothing pass
         worst = max((row for row in rows if row.delta > 0), key=lambda row: row.ratio, default=found)
         raise MergeError(
             f"storing the merged weights loses {found.ratio:.2g} times as much as was trained "

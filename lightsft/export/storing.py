@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lightsft import registry
 from lightsft.backbone import Backbone
-from lightsft.errors import MergeError
+from lightsft.errors import ConfigurationError, MergeError
 from lightsft.export.certificate import Batch, logits_of
 from lightsft.export.requantizing import Correction, requantize
 from lightsft.export.rounding import Rounding, changes, in_type, require_little, rounding, roundings, total
 from lightsft.injection import Injection
-from lightsft.quantization import Quantization, quantized_layers
+from lightsft.quantization import Quantization, matrix, quantized_layers
 from lightsft.quantizing import quantizable
 
 BASE, ORIGINAL, CORRECTION = "base", "original", "correction"
@@ -84,22 +84,27 @@ def onto_original(injection: Injection, on_original: Callable[[], Injection], mo
     return Stored(_of(original), ORIGINAL, rows, exact=False)
 
 
-def onto_codes(injection: Injection, how: Quantization, most: float, rank: int) -> Stored:
-    """W + delta in codes again, with a LoRA of this rank (0: none) for what they lose."""
+def onto_codes(injection: Injection, how: Quantization, most: float, rank: int, source: str) -> Stored:
+    """W + delta in codes again, with a LoRA of this rank (0: none) for what they lose; it will be at `source`."""
     backbone = injection.backbone
-    deltas = {row.name.rpartition(".")[0]: row.delta for row in roundings(injection, lambda change: change.after)}
-    names = _to_store(backbone)
+    names, dtype, compute = _to_store(injection), backbone.stored_dtype, backbone.compute_dtype
+    _require_rank(backbone, names, rank)
+    in_codes = {f"{name}.weight" for name in names}
+    trained = {row.name: row.delta for row in roundings(injection, lambda change: change.after)}
+    others = [rounding(change, in_type(dtype)(change)) for change in changes(injection) if change.name not in in_codes]
     injection.merge(torch.float32)
-    wanted = {name: deltas.get(name, 0.0) for name in names}
-    rows, without, corrections = requantize(backbone.model, wanted, how, backbone.compute_dtype, rank=rank)
+    wanted = {name: trained.get(f"{name}.weight", 0.0) for name in names}
+    rows, without, corrections = requantize(backbone.model, wanted, how, compute, rank=rank)
+    rows, without = rows + others, without + others
     require_little(
         rows,
         most,
         "nothing was written; keep what was trained in plain weights (--onto base), or beside the codes with "
         f"--correction-rank {max(16, 2 * rank)}",
     )
+    backbone.cast(dtype)
     stored = Backbone(
-        backbone.model, tokenizer=backbone.tokenizer, task=backbone.task, compute_dtype=backbone.compute_dtype
+        backbone.model, tokenizer=backbone.tokenizer, task=backbone.task, source=source, compute_dtype=compute
     )
     if rank == 0:
         return Stored(stored, str(how), rows, exact=False)
@@ -107,9 +112,19 @@ def onto_codes(injection: Injection, how: Quantization, most: float, rank: int) 
     return Stored(stored, str(how), rows, exact=False, correction=correction, uncorrected=total(without))
 
 
-def _to_store(backbone: Backbone) -> list[str]:
-    """The layers to store in codes: those that are now, else those that could be."""
-    return list(quantized_layers(backbone.model)) or quantizable(backbone.model, backbone.anatomy)
+def _to_store(injection: Injection) -> list[str]:
+    """The layers to store in codes: those that are, with nothing of it in place, else those that could be."""
+    backbone = injection.backbone
+    with injection.disabled():
+        return list(quantized_layers(backbone.model)) or quantizable(backbone.model, backbone.anatomy)
+
+
+def _require_rank(backbone: Backbone, names: Sequence[str], rank: int) -> None:
+    most = min((min(matrix(backbone.module(name)).shape) for name in names), default=0) if rank else rank
+    if rank > most:
+        raise ConfigurationError(
+            f"a correction of rank {rank}", expected=f"at most {most}, the width of the narrowest layer"
+        )
 
 
 def _of(injection: Injection) -> Backbone:

@@ -68,6 +68,9 @@ class Primitive(ABC):
         """What `merge` would do, weight by weight and before any rounding; nothing is touched."""
         yield from ()
 
+    def store_as(self, dtype: torch.dtype) -> None:  # noqa: B027 - most keep nothing
+        """Before a merge: the backbone's weights are in this type now, which what was kept of them is to be in too."""
+
     def merge(self) -> None:
         """Fold it into the weights, in fp32 with one rounding. Called only when `mergeable`, and once."""
         raise NotImplementedError(f"{type(self).__name__} is not mergeable")

@@ -141,6 +141,10 @@ class Unfreezing(Primitive):
         path, _, own = name.rpartition(".")
         return self._plain[path].before(own)
 
+    def store_as(self, dtype: torch.dtype) -> None:
+        """The masters are rounded to the type of the originals."""
+        self.originals = {name: original.to(dtype) for name, original in self.originals.items()}
+
     def merge(self) -> None:
         """Round the masters to the backbone's own type, once; what was made of codes is rounded with the others."""
         for name, original in self.originals.items():

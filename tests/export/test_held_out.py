@@ -40,6 +40,18 @@ def test_the_test_split_of_the_run(trained):
     assert set(found.task.labels) == {row["label"] for row in labelled_rows(60)}
 
 
+def test_the_test_split_of_the_comparison(trained, folder, tmp_path):
+    _, rows = trained
+    state = json.loads((folder / "run.json").read_text())
+    strategy = state["settings"].pop("strategy")
+    state["settings"] |= {"strategies": [strategy], "seeds": 1}
+    state["settings"].pop("seed")
+    (tmp_path / "run.json").write_text(json.dumps(state))
+    (folder / "run.json").unlink()
+    place = shutil.copytree(folder, tmp_path / "trials" / "lora-0" / "adapter")
+    assert held_out(place).rows == rows
+
+
 def test_no_more_rows_than_can_be_scored_quickly(trained, monkeypatch):
     monkeypatch.setattr(module, "MOST_ROWS", 3)
     assert len(held_out(trained[0]).rows) == 3

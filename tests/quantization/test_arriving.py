@@ -367,6 +367,14 @@ class Raises(ParameterLinear):
         return super().forward(NoDerivative.apply(x))
 
 
+class SaysNothing(ParameterLinear):
+    """A bare assertion, in either mode."""
+
+    def forward(self, x):
+        assert not x.requires_grad
+        return super().forward(x)
+
+
 class NoTrainingMode(ParameterLinear):
     """The same, said earlier."""
 
@@ -393,6 +401,7 @@ class NotInTraining(ParameterLinear):
         (Raises, "no derivative for codes"),
         (NotInTraining, "for inference alone"),
         (NoTrainingMode, "no such mode"),
+        (SaysNothing, "AssertionError"),
     ],
 )
 def test_a_format_for_inference_alone_is_refused_by_name(kind, what):
@@ -421,6 +430,16 @@ def test_a_checkpoint_for_another_backend_is_refused_with_the_reason(method, rea
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BackboneError, match=rf"(?si)is quantized \({method}\).*{reason}.*quantization='nf4'"):
         Backbone.load(tmp_path, task="chat", device="cpu")
+
+
+class OnAnotherDevice(ParameterLinear):
+    def forward(self, x):
+        raise RuntimeError("this kernel runs on CUDA alone")
+
+
+def test_a_kernel_for_another_device_is_named():
+    with pytest.raises(BackboneError, match=r"(?s)OnAnotherDevice.*computes nothing on cpu.*CUDA alone"):
+        LoRA(4).inject(Backbone(replaced(tiny("llama", **SIZES), OnAnotherDevice)))
 
 
 def test_a_device_without_kernels_is_refused(llama, monkeypatch):
