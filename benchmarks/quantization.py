@@ -101,7 +101,7 @@ class Trials:
         trial = json.dumps(wanted | {"checkpoint": self.checkpoint})
         done = subprocess.run([sys.executable, __file__, "--trial", trial], capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            return {"error": done.stderr.strip().splitlines()[-1][:200]}
+            return {"error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1][:200]}
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
