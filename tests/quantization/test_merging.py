@@ -145,7 +145,15 @@ def test_what_cannot_be_is_refused(llama, tmp_path):
 # ---- types, sources and options
 
 
-@pytest.mark.parametrize("strategy", [LoRA(4), BitFit(), Full(quantized="dequantize", targets="query")], ids=str)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        LoRA(4),
+        pytest.param(BitFit(), marks=pytest.mark.slow),
+        pytest.param(Full(quantized="dequantize", targets="query"), marks=pytest.mark.slow),
+    ],
+    ids=["lora", "bitfit", "full"],
+)
 def test_full_precision_keeps_what_half_precision_would_lose(strategy, bert, tmp_path):
     options = {"task": "classification", "labels": LABELS, "dtype": "bfloat16"}
     injection = trained(bert, tmp_path / "adapter", strategy, scale=2e-4, **options)
@@ -170,6 +178,7 @@ def test_a_model_in_memory_is_merged_into_one_type():
     assert backbone.stored_dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_what_was_trained_on_a_folder_of_codes_is_loaded_and_merged(wide, tmp_path):
     codes = Backbone.load(wide, task="chat", dtype="float32", quantization="nf4")
     codes.model.save_pretrained(tmp_path / "codes")
