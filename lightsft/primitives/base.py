@@ -81,7 +81,7 @@ class Primitive(ABC):
 
 
 class Arrangement(Primitive):
-    """A primitive that trains and saves nothing: it arranges the backbone for others. A merge keeps what it did."""
+    """A primitive without trained parameters: it arranges the backbone for others. A merge keeps what it did."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Nothing."""

@@ -5,20 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightsft.primitives.base import Primitive
+from lightsft.primitives.base import Arrangement
 
 
-class BufferState(Primitive):
+class BufferState(Arrangement):
     """The buffers called `names`. They move in training mode whatever is trained; the originals are kept."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         self.name, self.model, self.names = "buffers", model, tuple(sorted(names))
         self.originals = {name: model.get_buffer(name).detach().clone() for name in self.names}
         self._hidden: dict[str, Tensor] | None = None  # the moved values, while the originals are in place
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """None: they are not trained by gradient."""
-        return {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Their values."""
@@ -43,18 +39,6 @@ class BufferState(Primitive):
             self.model.get_buffer(name).copy_(value)
         if enabled:
             self._hidden = None
-
-    def covers(self) -> set[str]:
-        """No parameter."""
-        return set()
-
-    @property
-    def mergeable(self) -> bool:
-        """They are already in their place."""
-        return True
-
-    def merge(self) -> None:
-        """Nothing to do."""
 
     @torch.no_grad()
     def remove(self) -> None:
