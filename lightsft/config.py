@@ -288,9 +288,10 @@ def build(kind: type[Config], values: Mapping[str, Any]) -> Config:
         config = kind(**values)
     except ValidationError as error:
         problems = [_problem(item, kind) for item in error.errors()]
+        unknown = any(item["type"] == "extra_forbidden" for item in error.errors())
         raise ConfigurationError(
             "the configuration has errors:\n  " + "\n  ".join(problems),
-            expected=f"the keys {', '.join(kind.model_fields)}",
+            expected=f"the keys {', '.join(kind.model_fields)}" if unknown else "",
             todo="correct them in the file, or with --set key=value",
         ) from error
     folders = [spec.folder.lower() for spec in getattr(config, "strategies", ())]

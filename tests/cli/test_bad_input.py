@@ -79,6 +79,12 @@ def test_an_option_of_the_wrong_type_is_refused(train):
     refused(train(strategy="lora(rank=big)"), "rank", "big")
 
 
+def test_a_wrong_value_names_its_choices_and_no_other_keys(train):
+    ended = train(quantization="nf5")
+    refused(ended, "quantization", "'int8', 'nf4' or 'fp4'", "'nf5'")
+    assert "max_gradient_norm" not in ended.error
+
+
 def test_every_bad_key_is_reported_at_once(train):
     refused(train(epochs="x", batch_size=0, seed="one"), "epochs: ", "batch_size: ", "seed: ")
 

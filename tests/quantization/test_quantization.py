@@ -106,6 +106,19 @@ def test_codes_mean_the_same_after_training_evaluation_copies_moves_and_files(ho
     assert backbone.quantization == str(how)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device to move to")
+@each_way
+def test_codes_mean_the_same_on_another_device_and_back(how):
+    model = quantized("llama", how)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    before = dequantized(layer)
+    Backbone(model)
+    for device in ("cuda", "cpu", "cuda", "cpu"):
+        model.to(device)
+        logits(model)
+        assert torch.equal(dequantized(layer).cpu(), before), device
+
+
 needs_repacking = pytest.mark.skipif(
     not bitsandbytes.functional.has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512-BF16 alone"
 )
