@@ -150,9 +150,10 @@ def data(task: str) -> tuple[Any, list[Any], list[Any]]:
         chosen = make_task(
             "classification", labels=["negative", "neutral", "positive"], label="sentiment", max_length=48
         )
-        rows, most = read_rows(config.data, encoding="latin-1"), (400, 1000)
+        rows, most = read_rows(config.data, encoding="latin-1"), (400, 4000)
     splits = split_rows(rows, chosen.key)
-    return chosen, at_most(splits.train, most[0], chosen.key), at_most(splits.validation, most[1], chosen.key)
+    held = splits.validation if task == "chat" else [*splits.validation, *splits.test]  # nothing is chosen by them
+    return chosen, at_most(splits.train, most[0], chosen.key), at_most(held, most[1], chosen.key)
 
 
 def plain_checkpoint(task: str, folder: Path) -> str:

@@ -25,6 +25,7 @@ from lightsft import Backbone, Injection, injecting
 from lightsft.anatomy import Weight, linear_shape
 from lightsft.codes import Codes, Difference, difference
 from lightsft.errors import ConfigurationError
+from lightsft.low_rank import LowRank
 from lightsft.originals import Originals, originals
 from lightsft.primitives import Side, WeightDelta
 from lightsft.quantization import is_quantized, matrix
@@ -262,6 +263,15 @@ class LoRASide(Side):
         """The matrix delta, in the layout of the served weight."""
         return like_weight(served, self.matrix_delta())
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(B, A) of the matrix delta."""
+        return self.lora_B.weight.detach(), self.lora_A.weight.detach()
+
+    def low_rank(self, served: nn.Module) -> LowRank | None:
+        """W + s B A, as W is stored."""
+        b, a = self.factors()
+        return LowRank(a.T, b.T, self.scaling) if isinstance(served, Conv1D) else LowRank(b, a, self.scaling)
+
     def learning_rate_ratio(self, name: str) -> float:
         """LoRA+: B learns faster."""
         return self.lora_plus_ratio if name.startswith("lora_B") else 1.0
@@ -307,13 +317,15 @@ class ResidualLoRASide(LoRASide):
         """s (B A - B0 A0)."""
         return super().matrix_delta() - (self.initial_B @ self.initial_A) * self.scaling
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Of twice the rank: (B beside -B0, A on A0)."""
+        b, a = super().factors()
+        return torch.cat([b, -self.initial_B], dim=1), torch.cat([a, self.initial_A])
+
     def tensors(self) -> dict[str, Tensor]:
         """One LoRA of twice the rank."""
-        a, b = self.lora_A.weight.detach(), self.lora_B.weight.detach()
-        return {
-            "lora_A.weight": torch.cat([a, self.initial_A]),
-            "lora_B.weight": torch.cat([b, -self.initial_B], dim=1),
-        }
+        b, a = self.factors()
+        return {"lora_A.weight": a, "lora_B.weight": b}
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
         """Twice the rank, or the bare A and B of a PEFT folder, whose start is then the one computed here."""
@@ -360,6 +372,10 @@ class RecodedLoRASide(LoRASide):
         """Q' - Q + s B A."""
         return difference(self.recoded, self.own) + super().matrix_delta()
 
+    def low_rank(self, served: nn.Module) -> LowRank | None:
+        """Q' - Q is of full rank."""
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
         """The factors, codes and scales."""
         return {**super().tensors(), "codes": self.recoded.codes, "scales": self.recoded.scales}
@@ -392,6 +408,12 @@ class DoRASide(LoRASide):
         linear = output if bias is None else output - bias
         result = (linear + self.update(inputs).to(output.dtype)) * scale
         return result if bias is None else result + bias
+
+    def low_rank(self, served: nn.Module) -> LowRank | None:
+        """With the magnitude; the columns of a transpose are not normed by rows."""
+        if isinstance(served, Conv1D):
+            return None
+        return LowRank(*self.factors(), self.scaling, self.lora_magnitude_vector.detach())
 
     def delta(self, served: nn.Module) -> Tensor:
         """M V / ||V|| - W."""
@@ -445,6 +467,17 @@ class LoRADelta(WeightDelta):
         """The weight as (out, in), or (experts, d1, d2)."""
         return matrices(weight, self.experts)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(B, A), or of twice the rank (B beside -B0, A on A0)."""
+        b, a = self.lora_B.weight.detach(), self.lora_A.weight.detach()
+        if hasattr(self, "initial_A"):
+            b, a = torch.cat([b, -self.initial_B.detach()], dim=-1), torch.cat([a, self.initial_A.detach()], dim=-2)
+        return b, a
+
+    def low_rank(self) -> LowRank | None:
+        """W + s B A."""
+        return LowRank(*self.factors(), self.scaling)
+
     def delta(self) -> Tensor:
         """s B A, or s (B A - B0 A0), in the shape of `matrices`."""
         product: Tensor = self.lora_B.weight @ self.lora_A.weight
@@ -469,6 +502,10 @@ class DoRADelta(LoRADelta):
         super().__init__(weight, *args, **options)
         norms = torch.linalg.norm(self.matrices(weight.detach()).float(), dim=-1)
         self.lora_magnitude_vector = nn.Parameter(norms)
+
+    def low_rank(self) -> LowRank | None:
+        """With the magnitude."""
+        return LowRank(*self.factors(), self.scaling, self.lora_magnitude_vector.detach())
 
     def forward(self, weight: Tensor) -> Tensor:
         """M V / ||V||; the norm is a constant in the gradient."""
@@ -506,6 +543,10 @@ class LoRAEmbeddingSide(Side):
     def _scale_of(self, served: nn.Module) -> float:
         """Some embeddings multiply what they look up (Gemma): the update is multiplied alike."""
         return self.scaling * float(getattr(served, "scalar_embed_scale", 1.0))
+
+    def low_rank(self, served: nn.Module) -> LowRank | None:
+        """E + s A^T B^T."""
+        return LowRank(self.lora_embedding_A.detach().T, self.lora_embedding_B.detach().T, self.scaling)
 
     def delta(self, served: nn.Module) -> Tensor:
         """s A^T B^T, (vocabulary, size)."""

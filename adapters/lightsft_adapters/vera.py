@@ -14,10 +14,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lightsft import Backbone, Injection, injecting
 from lightsft.anatomy import Weight, linear_shape
 from lightsft.errors import TargetError
+from lightsft.low_rank import LowRank
 from lightsft.primitives import Part, Side, WeightDelta
 from lightsft.seeding import generator
 from lightsft.targets import select_weights
@@ -113,10 +115,15 @@ class Projections(Part):
             else:
                 self.register_buffer(name, value, persistent=False)
 
-    def product(self, d: Tensor, b: Tensor, inputs: int) -> Tensor:
-        """L_b B L_d A of the size that d (..., rank), b (..., out) and `inputs` give: (..., out, in)."""
+    def factors(self, d: Tensor, b: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
+        """(L_b B (..., out, rank), L_d A (..., rank, inputs)), with d (..., rank) and b (..., out)."""
         a, b_rows = self.A[:, :inputs], self.B[: b.shape[-1]]
-        return (b[..., None] * b_rows) @ (d[..., None] * a)
+        return b[..., None] * b_rows, d[..., None] * a
+
+    def product(self, d: Tensor, b: Tensor, inputs: int) -> Tensor:
+        """L_b B L_d A, (..., out, in)."""
+        left, right = self.factors(d, b, inputs)
+        return left @ right
 
 
 class VeRASide(Side):
@@ -140,6 +147,11 @@ class VeRASide(Side):
         update = nn.functional.linear(low, b) * self.vera_lambda_b.to(inputs.dtype)
         return output + update.to(output.dtype)
 
+    def low_rank(self, served: nn.Module) -> LowRank | None:
+        """W + (L_b B) (L_d A), or its transpose."""
+        left, right = self.shared.factors(self.vera_lambda_d.detach(), self.vera_lambda_b.detach(), self.inputs)
+        return LowRank(right.T, left.T, 1.0) if isinstance(served, Conv1D) else LowRank(left, right, 1.0)
+
     def delta(self, served: nn.Module) -> Tensor:
         """L_b B L_d A, in the layout of the served weight."""
         return like_weight(served, self.shared.product(self.vera_lambda_d, self.vera_lambda_b, self.inputs))
@@ -160,6 +172,11 @@ class VeRADelta(WeightDelta):
         *batch, outputs, self.inputs = matrices(weight, experts).shape
         self.vera_lambda_d = nn.Parameter(torch.full((*batch, len(shared.A)), d_initial))
         self.vera_lambda_b = nn.Parameter(torch.zeros(*batch, outputs))
+
+    def low_rank(self) -> LowRank | None:
+        """W + (L_b B) (L_d A)."""
+        factors = self.shared.factors(self.vera_lambda_d.detach(), self.vera_lambda_b.detach(), self.inputs)
+        return LowRank(*factors, 1.0)
 
     def forward(self, weight: Tensor) -> Tensor:
         """W + L_b B L_d A."""

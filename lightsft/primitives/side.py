@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightsft.dry_run import tensors_in
+from lightsft.low_rank import LowRank, rewrite, rewritten
 from lightsft.plain_layers import plain_twin, unquantize
 from lightsft.primitives.base import Change, Part, PlacedPart, drop_hook, drop_pre_hook, free_name
 from lightsft.quantization import device_of, parameter_names
@@ -34,11 +35,15 @@ class Side(Part):
         """What to add to `served.weight` for the same effect (fp32, its shape). Only of `mergeable` sides."""
         raise NotImplementedError(f"{type(self).__name__} is not linear in its input")
 
+    def low_rank(self, served: nn.Module) -> LowRank | None:
+        """The same as a low-rank change of `served.weight` as it is stored, where it is one: made by rows, in tiles."""
+        return None
+
     def merged(self, served: nn.Module) -> dict[str, Tensor]:
         """The served module's parameters, by name, as they must be without this side (fp32)."""
-        weight = served.weight
+        change, weight = self.low_rank(served), served.weight
         assert isinstance(weight, Tensor)
-        return {"weight": weight.float() + self.delta(served)}
+        return {"weight": weight.float() + self.delta(served) if change is None else rewritten(weight, change)}
 
 
 class PlacedSide(PlacedPart):
@@ -93,9 +98,13 @@ class PlacedSide(PlacedPart):
     def merge(self) -> None:
         """W <- round(what the side says, in fp32), then remove the side; a quantized layer becomes plain, in fp32."""
         unquantize(self.served)
-        for name, value in self.side.merged(self.served).items():
-            parameter = self.served.get_parameter(name)
-            parameter.copy_(value.to(parameter.dtype))
+        change = self.side.low_rank(self.served)
+        if change is not None:
+            rewrite(self.served.get_parameter("weight"), change)
+        else:
+            for name, value in self.side.merged(self.served).items():
+                parameter = self.served.get_parameter(name)
+                parameter.copy_(value.to(parameter.dtype))
         self.remove()
 
     def remove(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightsft.anatomy import Weight
+from lightsft.low_rank import LowRank, rewrite, rewritten
 from lightsft.primitives.base import Change, Part, PlacedPart, drop_hook, drop_pre_hook
 
 DELTA = "lightsft_delta_"
@@ -29,6 +30,15 @@ class WeightDelta(Part):
     def forward(self, weight: Tensor) -> Tensor:
         """The weight to use instead of `weight`, of its shape and type."""
         raise NotImplementedError
+
+    def low_rank(self) -> LowRank | None:
+        """The same as a low-rank change, where it is one: made by rows, in tiles."""
+        return None
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """W' in fp32."""
+        change = self.low_rank()
+        return self(weight.float()) if change is None else rewritten(weight, change)
 
 
 class PlacedDelta(PlacedPart):
@@ -75,14 +85,16 @@ class PlacedDelta(PlacedPart):
     @torch.no_grad()
     def changes(self) -> Iterator[Change]:
         """W and W'."""
-        weight = self.parameter.float()
-        yield Change(self.weight.owners[0], weight, self.delta(weight))
+        yield Change(self.weight.owners[0], self.parameter.float(), self.delta.merged(self.parameter))
 
     @torch.no_grad()
     def merge(self) -> None:
         """W <- round(W'(fp32(W))), then remove the delta."""
-        parameter = self.parameter
-        parameter.copy_(self.delta(parameter.float()).to(parameter.dtype))
+        parameter, change = self.parameter, self.delta.low_rank()
+        if change is not None:
+            rewrite(parameter, change)
+        else:
+            parameter.copy_(self.delta.merged(parameter).to(parameter.dtype))
         self.remove()
 
     def remove(self) -> None:

@@ -1,0 +1,73 @@
+"""Low-rank changes of a weight, made some rows at a time: what is written of them is the same in memory and from disk.
+
+    W' = W + s B A                          LoRA (2106.09685), PiSSA, VeRA, with a factor pair for each expert
+    W' = m V / ||V||,  V = W + s B A        DoRA (2402.09353), the norm of each row
+
+W (rows, columns) or (experts, rows, columns), B (rows, rank), A (rank, columns), m (rows). Arithmetic is in fp32 with
+one rounding to the type of W. Tiles have the same size wherever they are computed, so the results are the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE = 2**17  # numbers that are computed at once: 512 KiB in fp32, which stay in a core's cache
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The factors of one weight. Those of a stored transpose are given transposed: (A^T, B^T)."""
+
+    b: Tensor
+    a: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix, or matrices, that it changes."""
+        return (*self.b.shape[:-1], self.a.shape[-1])
+
+    def matrices(self) -> Sequence[LowRank]:
+        """One for each matrix."""
+        if self.b.ndim == 2:
+            return (self,)
+        magnitudes = self.magnitude if self.magnitude is not None else [None] * len(self.b)
+        return [LowRank(b, a, self.scaling, m) for b, a, m in zip(self.b, self.a, magnitudes, strict=True)]
+
+    def change(self, weight: Tensor, rows: slice) -> Tensor:
+        """W' in fp32 of `weight`, these rows of one matrix in any type."""
+        changed: Tensor = torch.mm(self.b[rows], self.a).mul_(self.scaling).add_(weight)
+        if self.magnitude is None:
+            return changed
+        lengths: Tensor = torch.linalg.norm(changed, dim=1)
+        return changed.mul_((self.magnitude[rows] / lengths)[:, None])
+
+
+def tiles(rows: int, columns: int) -> Iterator[slice]:
+    """Of a matrix: as many whole rows as make TILE numbers, at least one."""
+    step = max(1, TILE // max(1, columns))
+    yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@torch.no_grad()
+def rewrite(weight: Tensor, change: LowRank) -> None:
+    """W <- round(W'), in place. More than two dimensions (a convolution's) count as (out, everything else)."""
+    stacked = weight if change.b.ndim == 3 else weight[None]
+    for matrix, own in zip(stacked, change.matrices(), strict=True):
+        flat = matrix.flatten(1)
+        for rows in tiles(*flat.shape):
+            flat[rows] = own.change(flat[rows], rows).to(flat.dtype)
+        if flat.data_ptr() != matrix.data_ptr():  # a layout of memory that has no flat view
+            matrix.copy_(flat.view(matrix.shape))
+
+
+def rewritten(weight: Tensor, change: LowRank) -> Tensor:
+    """W' in fp32."""
+    result = weight.detach().float().clone()
+    rewrite(result, change)
+    return result
