@@ -30,7 +30,7 @@ import torch
 BASES = ("float32", "bfloat16", "int8", "nf4")
 HEADS = ["classifier", "lm_head"]  # transformers quantizes the first, which bitsandbytes cannot evaluate with 3 labels
 OURS, PEFT = "lightsft", "PEFT"
-EPOCHS = 2
+EPOCHS, HELD_OUT = 2, 1000
 
 
 def main() -> None:
@@ -38,7 +38,9 @@ def main() -> None:
     if options.trial:
         print(json.dumps(trial(**json.loads(options.trial))))
         return
-    trials = Trials(options.task, plain_checkpoint(options.task, Path(tempfile.mkdtemp())), options.trials)
+    trials = Trials(
+        options.task, plain_checkpoint(options.task, Path(tempfile.mkdtemp())), options.trials, options.held_out
+    )
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.seeds} seeds, task {options.task}")
     print("| base | strategy | library | trained | merged | merged - trained | largest | peak | seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -46,7 +48,7 @@ def main() -> None:
         for strategy in options.strategies.split(","):
             found: dict[str, list[dict[str, Any]]] = {OURS: [], PEFT: []}
             for seed in range(options.seeds):
-                for library in found:
+                for library in options.libraries.split(","):
                     if library == OURS or strategy in ("lora", "ia3"):
                         found[library].append(trials.of(base, strategy, library, seed))
             for library, results in found.items():
@@ -78,14 +80,16 @@ def row(base: str, strategy: str, library: str, trials: list[dict[str, Any]]) ->
 class Trials:
     """Runs each trial in a process of its own, once."""
 
-    def __init__(self, task: str, checkpoint: str, file: Path | None) -> None:
+    def __init__(self, task: str, checkpoint: str, file: Path | None, held_out: int) -> None:
         self.task, self.checkpoint, self.file = task, checkpoint, file
+        self.options = {} if held_out == HELD_OUT else {"held_out": held_out}
         lines = file.read_text().splitlines() if file is not None and file.exists() else []
         self.known = [json.loads(line) for line in lines]
 
     def of(self, base: str, strategy: str, library: str, seed: int) -> dict[str, Any]:
         """The result of one, or its error."""
         wanted = {"task": self.task, "base": base, "strategy": strategy, "library": library, "seed": seed}
+        wanted |= self.options
         for one in self.known:
             if one["trial"] == wanted:
                 return dict(one["result"])
@@ -109,7 +113,15 @@ class Trials:
 
 
 def trial(
-    *, task: str, checkpoint: str, base: str, strategy: str, library: str, seed: int, evaluate: bool = True
+    *,
+    task: str,
+    checkpoint: str,
+    base: str,
+    strategy: str,
+    library: str,
+    seed: int,
+    evaluate: bool = True,
+    held_out: int = HELD_OUT,
 ) -> dict[str, Any]:
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
@@ -118,7 +130,7 @@ def trial(
     import lightsft.export.merge  # noqa: F401
 
     warnings.simplefilter("ignore")
-    chosen, train, validation = data(task)
+    chosen, train, validation = data(task, held_out)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     make = ours if library == OURS else theirs
     backbone, parameters, rate, merge = make(task, checkpoint, base, strategy, seed)
@@ -133,7 +145,7 @@ def trial(
     return {"trained": trained, "merged": after, "peak": peak * 1024, "seconds": seconds, "wide": wide}
 
 
-def data(task: str) -> tuple[Any, list[Any], list[Any]]:
+def data(task: str, held_out: int) -> tuple[Any, list[Any], list[Any]]:
     """(task, training rows, validation rows)."""
     from lightsft import task as make_task
     from lightsft.data.reading import read_rows
@@ -150,9 +162,11 @@ def data(task: str) -> tuple[Any, list[Any], list[Any]]:
         chosen = make_task(
             "classification", labels=["negative", "neutral", "positive"], label="sentiment", max_length=48
         )
-        rows, most = read_rows(config.data, encoding="latin-1"), (400, 4000)
+        rows, most = read_rows(config.data, encoding="latin-1"), (400, held_out)
     splits = split_rows(rows, chosen.key)
-    held = splits.validation if task == "chat" else [*splits.validation, *splits.test]  # nothing is chosen by them
+    held = splits.validation
+    if most[1] > len(held):
+        held = [*held, *splits.test]  # nothing is chosen by either
     return chosen, at_most(splits.train, most[0], chosen.key), at_most(held, most[1], chosen.key)
 
 
@@ -283,6 +297,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--task", choices=("classification", "chat"), default="classification")
     made.add_argument("--bases", default=",".join(BASES))
     made.add_argument("--strategies", default="lora,ia3,adapter,prefix,full")
+    made.add_argument("--libraries", default=f"{OURS},{PEFT}")
+    made.add_argument(
+        "--held-out", type=int, default=HELD_OUT, help="texts to score on; beyond 3,700 those of the test"
+    )
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--trials", type=Path, help="file that keeps the trials")
     made.add_argument("--trial", help=argparse.SUPPRESS)

@@ -11,20 +11,28 @@ Nothing in it depends on time or place: the same training writes the same bytes.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from lightsft import registry
+from lightsft.adapter_files import (
+    FORMAT,
+    KEY_PREFIX,
+    PEFT_SETTINGS,
+    SETTINGS,
+    TENSORS,
+    read_peft_settings,
+    read_settings,
+    read_tensors,
+)
 from lightsft.backbone import Backbone, loading, locate, same_values
 from lightsft.device import dtype_name
 from lightsft.dry_run import input_embeddings
@@ -33,15 +41,11 @@ from lightsft.files import write_file, write_json
 from lightsft.injection import Injection, Strategy
 from lightsft.quantization import Quantization
 
-TENSORS, SETTINGS, PEFT_SETTINGS = "adapter_model.safetensors", "lightsft.json", "adapter_config.json"
-KEY_PREFIX = "base_model.model."
-FORMAT = 1
 _TASKS_OF_PEFT = {"SEQ_CLS": "classification", "CAUSAL_LM": "chat", None: "chat"}
 _TASKS_OF_CLASSES = {
     "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "chat": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }  # class names by type of model
-_KINDS = {"format": int, "strategy": str, "options": dict, "seed": int, "base": dict}
 
 
 @runtime_checkable
@@ -193,68 +197,6 @@ def _what_to_load(directory: Path, settings: Mapping[str, Any], peft: Mapping[st
     return {"task": None, "kind": kind}
 
 
-def read_settings(directory: Path) -> dict[str, Any] | None:
-    """The content of lightsft.json, or None in a folder that PEFT wrote."""
-    settings = _read_json(directory, SETTINGS)
-    if settings is None:
-        return None
-    path = directory / SETTINGS
-    if settings.get("format", FORMAT) != FORMAT:
-        raise ArtifactError(
-            f"{path} has format {settings['format']}",
-            expected=f"format {FORMAT}, which this version of lightsft writes",
-            todo="install the version of lightsft that wrote it",
-        )
-    wrong = [name for name, kind in _KINDS.items() if not isinstance(settings.get(name), kind)]
-    if wrong or not isinstance(settings["base"].get("sketch"), dict):
-        raise ArtifactError(
-            f"{path} is damaged: {', '.join(wrong) or 'base.sketch'} is missing or of another type",
-            expected="a file written by lightsft",
-            todo="copy or train it again",
-        )
-    return settings
-
-
-def read_peft_settings(directory: Path) -> dict[str, Any] | None:
-    """The content of adapter_config.json, or None."""
-    return _read_json(directory, PEFT_SETTINGS)
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether this folder holds a saved strategy."""
-    return (directory / TENSORS).is_file()
-
-
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of an adapter folder, without the key prefix."""
-    path = directory / TENSORS
-    if not path.is_file():
-        raise ArtifactError(
-            f"{directory} holds no {TENSORS}",
-            expected="an adapter folder written by lightsft or PEFT",
-            todo="check the path; a merged checkpoint needs no adapter: load it with transformers",
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key.removeprefix(KEY_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{path} is damaged: {error}",
-            expected="a complete safetensors file",
-            todo="copy or train it again",
-        ) from error
-    broken = [
-        name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
-    if broken:
-        raise ArtifactError(
-            f"{path} holds NaN or infinite values in {', '.join(broken[:5])}",
-            expected="finite numbers",
-            todo="the training diverged: lower the learning rate and train again",
-        )
-    return tensors
-
-
 def options_of(strategy: Strategy) -> dict[str, Any]:
     """A strategy's options as `registry.strategy` takes them; strategies among them by name, with their options."""
     return {field.name: _plain(getattr(strategy, field.name)) for field in dataclasses.fields(strategy)}
@@ -377,16 +319,3 @@ def _strategy_from_peft(directory: Path, tensors: Mapping[str, Tensor]) -> Strat
         expected="a method that an installed strategy computes (`lightsft strategies` lists them)",
         todo="open it with PEFT",
     )
-
-
-def _read_json(directory: Path, name: str) -> dict[str, Any] | None:
-    path = directory / name
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}", expected="JSON", todo="copy or train it again") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path} holds a {type(content).__name__}", expected="a JSON object")
-    return content

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightsft import artifact
+from lightsft import adapter_files, artifact
 from lightsft.backbone import Backbone
 from lightsft.dry_run import evaluating
 from lightsft.errors import BackboneError, ConfigurationError
@@ -27,10 +27,10 @@ class Predictor:
         self, directory: str | Path, *, base: str | None = None, dtype: str = "float32", device: str = "auto"
     ) -> None:
         directory = Path(directory)
-        if artifact.is_adapter(directory):
+        if adapter_files.is_adapter(directory):
             backbone = artifact.load_base(directory, base, dtype=dtype, device=device)
             artifact.load(directory, backbone)
-            settings = (artifact.read_settings(directory) or {}).get("task") or {}
+            settings = (adapter_files.read_settings(directory) or {}).get("task") or {}
         else:
             backbone = Backbone.load(directory, task=_task_of(directory), dtype=dtype, device=device)
             settings = {}

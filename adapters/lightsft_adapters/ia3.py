@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightsft import Backbone, Injection, injecting
+from lightsft.adapter_files import PEFT_SETTINGS
 from lightsft.anatomy import CONVOLUTIONS, Weight, linear_shape
-from lightsft.artifact import PEFT_SETTINGS
 from lightsft.dataflow import Dataflow, Hidden, feature_axis, is_served, read_dataflow
 from lightsft.errors import ArtifactError, InjectionError, TargetError
 from lightsft.files import write_json

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightsft import Backbone, Injection, injecting
-from lightsft.artifact import PEFT_SETTINGS, TENSORS
+from lightsft.adapter_files import PEFT_SETTINGS, TENSORS
 from lightsft.errors import ArtifactError, ConfigurationError, TargetError
 from lightsft.files import write_file, write_json
 from lightsft.seeding import generator

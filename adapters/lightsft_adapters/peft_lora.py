@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightsft import Injection
-from lightsft.artifact import PEFT_SETTINGS
+from lightsft.adapter_files import PEFT_SETTINGS
 from lightsft.errors import ArtifactError
 from lightsft.files import write_json
 from lightsft.primitives import PlacedDelta, PlacedSide

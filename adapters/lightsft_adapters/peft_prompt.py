@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightsft import Injection
-from lightsft.artifact import PEFT_SETTINGS
+from lightsft.adapter_files import PEFT_SETTINGS
 from lightsft.errors import ArtifactError
 from lightsft.files import write_json
 from lightsft.primitives.virtual_tokens import PlacedVirtualTokens

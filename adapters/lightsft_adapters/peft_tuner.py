@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightsft.artifact import KEY_PREFIX
+from lightsft.adapter_files import KEY_PREFIX
 from lightsft.errors import InjectionError
 from lightsft.primitives import Primitive
 from lightsft_adapters.edits import watching

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import transformers
 
-from lightsft import artifact, registry
+from lightsft import adapter_files, artifact, registry
 from lightsft.backbone import load_tokenizer
 from lightsft.comparison.memory import PeakMemory
 from lightsft.comparison.statistics import interval
@@ -134,7 +134,7 @@ def trial(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
         "skipped": injection.skipped,
         "seconds": seconds,
         "peak_bytes": peak_bytes,
-        "adapter_bytes": (directory / "adapter" / artifact.TENSORS).stat().st_size,
+        "adapter_bytes": (directory / "adapter" / adapter_files.TENSORS).stat().st_size,
         "learning_rate": trainer.args.learning_rate,
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightsft.artifact import TENSORS
+from lightsft.adapter_files import TENSORS
 from lightsft.backbone import AUTO_CLASSES, Backbone
 from lightsft.dry_run import evaluating
 from lightsft.errors import MergeError

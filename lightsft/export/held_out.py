@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightsft import artifact
+from lightsft import adapter_files
 from lightsft.config import RunConfig, SingleConfig, TrainConfig, build
 from lightsft.data.reading import Row, read_rows
 from lightsft.data.splits import at_most
@@ -38,7 +38,7 @@ def held_out(adapter: Path, data: str | None = None, encoding: str = "utf-8") ->
     """
     if data is None:
         return _of_the_run(adapter)
-    settings = dict((artifact.read_settings(adapter) or {}).get("task") or {})
+    settings = dict((adapter_files.read_settings(adapter) or {}).get("task") or {})
     if not settings:
         raise ConfigurationError(
             f"{adapter} does not say which task it was trained for, so that {data} cannot be read as rows of it",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightsft import artifact
+from lightsft import adapter_files, artifact
 from lightsft.backbone import Backbone
 from lightsft.device import choose_dtype
 from lightsft.dry_run import text_config
@@ -195,7 +195,7 @@ def _on_original(adapter: Path, base: str | None, dtype: str) -> Injection:
 
 def _keep_length(backbone: Backbone, adapter: Path) -> None:
     """A classifier's checkpoint cuts texts where its training did: the length travels with the tokenizer."""
-    settings = (artifact.read_settings(adapter) or {}).get("task") or {}
+    settings = (adapter_files.read_settings(adapter) or {}).get("task") or {}
     if settings.get("max_length") and backbone.head:
         backbone.tokenizer.model_max_length = min(backbone.tokenizer.model_max_length, settings["max_length"])
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightsft import artifact, registry
+from lightsft import adapter_files, artifact, registry
 from lightsft.config import SingleConfig
 from lightsft.errors import OutputError
 from lightsft.files import disk_errors, read_json, write_json
@@ -85,7 +85,7 @@ def _is_json(path: Path) -> bool:
 def _require_unfinished(config: SingleConfig) -> None:
     """Raise OutputError unless `config.out` is free or holds an interrupted run of this configuration."""
     require_same_run(config.out, identity_of(config.model_dump(mode="json")))
-    if artifact.is_adapter(config.out):
+    if adapter_files.is_adapter(config.out):
         raise OutputError(
             f"{config.out} holds a finished run of this command",
             expected="a folder that does not exist yet",

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightsft import artifact
+from lightsft import adapter_files, artifact
 from lightsft.data.batching import SimilarLengths
 from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
@@ -210,7 +210,7 @@ class Trainer(transformers.Trainer):
         torch.save(self.args, directory / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.injection.load_tensors(artifact.read_tensors(Path(resume_from_checkpoint)), resume_from_checkpoint)
+        self.injection.load_tensors(adapter_files.read_tensors(Path(resume_from_checkpoint)), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -5,7 +5,7 @@ import copy
 import torch
 from peft import LoraConfig, TaskType, get_peft_model, set_peft_model_state_dict
 
-from lightsft.artifact import KEY_PREFIX
+from lightsft.adapter_files import KEY_PREFIX
 
 TASK_TYPES = {"bert": TaskType.SEQ_CLS, "llama": TaskType.CAUSAL_LM, "gpt2": TaskType.CAUSAL_LM}
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import lightsft
 from lightsft import Backbone, registry
-from lightsft.artifact import PEFT_SETTINGS
+from lightsft.adapter_files import PEFT_SETTINGS
 from lightsft.config import RunConfig, SingleConfig, StrategySpec, build, with_settings
 from lightsft.errors import ConfigurationError, InjectionError, MergeError, TargetError
 from lightsft.tasks import task

@@ -9,7 +9,7 @@ from torch import nn
 
 import lightsft
 from lightsft import Backbone
-from lightsft.artifact import TENSORS
+from lightsft.adapter_files import TENSORS
 from lightsft.errors import ConfigurationError, MergeError
 from lightsft_adapters.compacter import Compacter, KroneckerLinear, Rule
 from lightsft_adapters.shared import PlacedShared

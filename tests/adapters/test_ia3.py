@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lightsft
 from lightsft import Backbone
-from lightsft.artifact import KEY_PREFIX
+from lightsft.adapter_files import KEY_PREFIX
 from lightsft.errors import ArtifactError, ConfigurationError, TargetError
 from lightsft_adapters.ia3 import IA3, InputScale, OutputScale, PlacedInputScale, ScaleDelta, scaled
 from tests.adapters.peft_models import merged_state, parameters_of

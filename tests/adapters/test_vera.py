@@ -10,7 +10,7 @@ from torch import nn
 
 import lightsft
 from lightsft import Backbone
-from lightsft.artifact import KEY_PREFIX, TENSORS
+from lightsft.adapter_files import KEY_PREFIX, TENSORS
 from lightsft.errors import ConfigurationError, TargetError
 from lightsft_adapters.lora import matrix
 from lightsft_adapters.shared import PlacedShared

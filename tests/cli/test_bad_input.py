@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from lightsft import artifact
+from lightsft import adapter_files
 from tests.checkpoints import labelled_rows, save_bert, write_csv
 from tests.run_fixtures import flags, single
 
@@ -206,7 +206,7 @@ def test_an_adapter_made_for_another_base_is_refused(command, adapter, tmp_path)
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -8])
 def test_a_corrupted_adapter_file_is_refused(command, adapter, tmp_path, keep):
-    tensors = adapter / artifact.TENSORS
+    tensors = adapter / adapter_files.TENSORS
     tensors.write_bytes(tensors.read_bytes()[:keep])
     for arguments in (["merge", adapter, "--out", tmp_path / "merged"], ["predict", adapter, "good film"]):
         refused(command(*arguments), "adapter_model.safetensors is damaged", "a complete safetensors file")
@@ -214,12 +214,12 @@ def test_a_corrupted_adapter_file_is_refused(command, adapter, tmp_path, keep):
 
 
 def test_corrupted_settings_are_refused(command, adapter):
-    (adapter / artifact.SETTINGS).write_text('{"format": 1,')
+    (adapter / adapter_files.SETTINGS).write_text('{"format": 1,')
     refused(command("predict", adapter, "good film"), "lightsft.json is damaged")
 
 
 def test_a_base_that_moved_is_refused_by_its_path(command, adapter):
-    settings = adapter / artifact.SETTINGS
+    settings = adapter / adapter_files.SETTINGS
     settings.write_text(settings.read_text().replace("/base", "/moved"))
     refused(command("predict", adapter, "good film"), "no folder", "/moved")
 

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 import lightsft
-from lightsft import Backbone, artifact
+from lightsft import Backbone, adapter_files
 from lightsft.errors import BackboneError, LightsftError, MergeError, OutputError
 from lightsft.export import certificate as certifying
 from lightsft.export.held_out import HeldOut
@@ -111,7 +111,7 @@ def test_the_certificate_says_what_was_compared(bert, adapter, tmp_path, no_proc
 def test_the_certificate_holds_the_hashes_of_the_files(adapter, tmp_path, no_process):
     merged = merge(adapter, out=tmp_path / "merged")
     stored = json.loads((merged / "certificate.json").read_text())
-    assert stored["adapter_sha256"] == hashlib.sha256((adapter / artifact.TENSORS).read_bytes()).hexdigest()
+    assert stored["adapter_sha256"] == hashlib.sha256((adapter / adapter_files.TENSORS).read_bytes()).hexdigest()
     weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in merged.glob("*.safetensors")}
     assert stored["checkpoint_sha256"] == weights
     assert weights

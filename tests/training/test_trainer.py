@@ -9,7 +9,7 @@ import transformers
 from transformers import TrainerCallback, TrainingArguments
 
 import lightsft
-from lightsft import Backbone, Trainer, artifact
+from lightsft import Backbone, Trainer, adapter_files, artifact
 from lightsft.errors import ConfigurationError, DataError
 from lightsft_adapters import Adapter, Full, LoRA, Prefix
 from tests.checkpoints import LABELS, chat_rows, labelled_rows
@@ -120,7 +120,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(make, tmp
         trainer = make(LoRA(rank=4, dropout=0.1), seed=seed)
         trainer.train()
         folders.append(artifact.save(trainer.injection, tmp_path / str(number), task=TASK.describe()))
-    for name in (artifact.TENSORS, artifact.SETTINGS):
+    for name in (adapter_files.TENSORS, adapter_files.SETTINGS):
         first, second, other = ((folder / name).read_bytes() for folder in folders)
         assert first == second
         assert first != other
@@ -240,7 +240,7 @@ def test_the_best_checkpoint_is_kept_at_the_end(make):
     trainer.train()
     found = losses(trainer)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-5)
-    saved = artifact.read_tensors(Path(trainer.state.best_model_checkpoint))
+    saved = adapter_files.read_tensors(Path(trainer.state.best_model_checkpoint))
     assert equal(saved, dict(trainer.injection.tensors()))
 
 
