@@ -33,13 +33,14 @@ from lightsft.adapter_files import (
     read_settings,
     read_tensors,
 )
-from lightsft.backbone import Backbone, loading, locate, same_values
+from lightsft.backbone import Backbone, loading, locate
 from lightsft.device import dtype_name
 from lightsft.dry_run import input_embeddings
 from lightsft.errors import ArtifactError, BackboneError, LightsftError
 from lightsft.files import write_file, write_json
 from lightsft.injection import Injection, Strategy
 from lightsft.quantization import Quantization
+from lightsft.sketch import same_values
 
 _TASKS_OF_PEFT = {"SEQ_CLS": "classification", "CAUSAL_LM": "chat", None: "chat"}
 _TASKS_OF_CLASSES = {

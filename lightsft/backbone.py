@@ -25,6 +25,7 @@ from lightsft.plain_layers import plain_copy
 from lightsft.quantization import Quantization, dequantized, describe, is_plain, keep_codes, quantized_layers
 from lightsft.quantizing import quantizable, quantize, reading_codes, require_kernels, trainable_kernels
 from lightsft.quiet import quiet
+from lightsft.sketch import same_values, sketched
 from lightsft.trace import Trace, meta_copy, trace
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification", "chat": "AutoModelForCausalLM"}
-SKETCH_TENSORS, SKETCH_VALUES = 24, 8
+SKETCH_TENSORS = 24
 LARGE = 100_000_000  # parameters
 
 
@@ -258,7 +259,7 @@ class Backbone:
     def sketch(self) -> dict[str, list[float]]:
         """A few values of a few weights, to tell one backbone from another whatever type it is loaded in.
 
-        SKETCH_VALUES values of SKETCH_TENSORS matrices, spread evenly over the model, without the head. A model
+        Some values of SKETCH_TENSORS matrices, spread evenly over the model, without the head. A model
         without values, on the meta device, has an empty one.
         """
         if self.model.device.type == "meta":
@@ -292,15 +293,11 @@ def _on_cpu(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
-def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal to 16-bit precision: either may have been loaded in half precision."""
-    return one.shape == other.shape and torch.allclose(one.float().cpu(), other.float().cpu(), rtol=2**-6, atol=1e-4)
-
-
 def _some_values(held: Tensor | nn.Module) -> list[float]:
     """Of a matrix, or of the one that a quantized layer stands for."""
     flat = (dequantized(held) if isinstance(held, nn.Module) else held.detach()).flatten()
-    picked = flat[:: max(1, flat.numel() // SKETCH_VALUES)][:SKETCH_VALUES]
+    positions = sketched(flat.numel())
+    picked = flat[positions.start : positions.stop : positions.step]
     return [float(value) for value in picked.float().cpu()]
 
 

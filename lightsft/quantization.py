@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightsft.errors import BackboneError, ConfigurationError, first_line
+from lightsft.schemes import SCHEMES
 
-SCHEMES = ("int8", "nf4", "fp4")
 ROWS_AT_ONCE = 1024  # unit vectors that a layer without a known format is asked for
 SHAPES = (("out_features", "in_features"), ("outfeatures", "infeatures"))  # attributes of linear layers
 LIBRARIES = {  # package of a layer, or of its weight -> what users call the format

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lightsft.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from lightsft.export.merge import Report
+
 NAME = "merge"
+_SIZES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def command(
@@ -43,31 +51,87 @@ def command(
     correction_rank: Annotated[
         int, typer.Option(help="With codes: rank of a LoRA, written beside, for what they lose; 0 for none.", min=0)
     ] = 0,
+    check: Annotated[
+        str,
+        typer.Option(
+            help="How the result is checked: load (plain transformers against base + adapter), tiles (recomputed from "
+            "disk in little memory), none, or auto: load up to 1 GiB, tiles above."
+        ),
+    ] = "auto",
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(help="Largest file of weights, such as 5GB; by default those of the base.", show_default=False),
+    ] = None,
+    in_memory: Annotated[
+        bool, typer.Option("--in-memory", help="Merge through the model in memory, not from disk to disk.")
+    ] = False,
 ) -> None:
-    """Fold a trained strategy into its base: a plain transformers checkpoint, reloaded and verified."""
-    from lightsft.export.held_out import held_out
+    """Fold a trained strategy into its base: a plain transformers checkpoint, checked against base + adapter."""
     from lightsft.export.merge import merge_folder
 
-    certificate = merge_folder(
-        adapter,
-        out,
-        base=base,
-        rows=held_out(adapter, data, encoding),
-        dtype=dtype,
-        onto=onto,
-        most_rounding=most_rounding,
-        correction_rank=correction_rank,
-    )
+    def rows() -> Any:
+        from lightsft.export.held_out import held_out
+
+        return held_out(adapter, data, encoding)
+
+    with _progress() as report:
+        certificate = merge_folder(
+            adapter,
+            out,
+            base=base,
+            rows=rows,
+            dtype=dtype,
+            onto=onto,
+            most_rounding=most_rounding,
+            correction_rank=correction_rank,
+            check="load" if data is not None and check == "auto" else check,
+            max_shard_size=None if max_shard_size is None else _bytes(max_shard_size),
+            streaming=not in_memory,
+            report=report,
+        )
     typer.echo(f"merged      {out}")
-    typer.echo(
-        f"certificate {out / 'certificate.json'}: largest logit difference "
-        f"{certificate['largest_logit_difference']:.1e} on {certificate['inputs']} inputs"
-    )
-    typer.echo(f"score       {_scores(certificate)}")
+    typer.echo(f"certificate {out / 'certificate.json'}: {_checked(certificate)}")
+    if certificate["check"] == "load":
+        typer.echo(f"score       {_scores(certificate)}")
     lost, without = certificate["rounding"], certificate.get("rounding_without_correction")
     typer.echo(f"rounding    {_share(lost)} of what was trained is lost by storing it as {certificate['onto']}")
     if without is not None:
         typer.echo(f"correction  {out / 'correction'}: without it {_share(without)} would be lost")
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """A bar in bytes, where somebody watches."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(bar_width=32), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("merging", total=None, visible=False)
+        yield lambda written, whole: progress.update(bar, advance=written, total=whole, visible=True)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?b)?\s*", text.lower())
+    try:
+        return round(float(match[1]) * _SIZES[match[2] or ""]) if match else int(text)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--max-shard-size {text!r}", expected="a number of bytes, or of KB, MB, GB or TB: 5GB"
+        ) from error
+
+
+def _checked(certificate: Mapping[str, Any]) -> str:
+    if certificate["check"] == "load":
+        found = certificate["largest_logit_difference"]
+        return f"largest logit difference {found:.1e} on {certificate['inputs']} inputs"
+    if certificate["check"] == "tiles":
+        return (
+            f"{certificate['values_compared']:,} values of {certificate['changed_tensors']} changed weights are what "
+            "the formula gives in fp64, rounded once"
+        )
+    return "not checked"
 
 
 def _scores(certificate: Mapping[str, Any]) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightsft.adapter_files import TENSORS
 from lightsft.backbone import AUTO_CLASSES, Backbone
 from lightsft.dry_run import evaluating
 from lightsft.errors import MergeError
-from lightsft.files import sha256
 
 Batch = dict[str, Tensor]
 FULL_PRECISION_LIMIT = 1e-4  # of the largest logit: fp32 arithmetic in another order
 HALF_PRECISION_LIMIT = 0.25  # of the strategy's own mean effect: one rounding of the merged weights to 16 bit
 HALF_PRECISION_RELOAD = 1e-2  # of the largest logit: the same weights in another process
 CODES_RELOAD = 5e-2  # of the largest logit, in the mean: bitsandbytes evaluates codes with other roundings
-CERTIFICATE = "certificate.json"
 
 
 def logits_of(backbone: Backbone, batches: Sequence[Batch]) -> list[Tensor]:
@@ -108,20 +104,33 @@ def certify(
         "reload_limit_applies_to": "mean logit difference" if in_codes else "largest logit difference",
         "largest_adapter_effect": float(effect.max()),
         "mean_adapter_effect": float(effect.mean()),
+        "compared": "base + adapter in memory with the merged checkpoint, reloaded from disk by transformers in a "
+        "process where lightsft cannot be imported",
         "same_top_prediction": float((after.argmax(-1) == before.argmax(-1)).float().mean()),
     }
 
 
-def provenance(adapter: Path, base: str, merged: Path) -> dict[str, Any]:
-    """Names, hashes and versions."""
-    return {
-        "base": base,
-        "adapter_sha256": sha256(adapter / TENSORS),
-        "checkpoint_sha256": {file.name: sha256(file) for file in sorted(merged.glob("*.safetensors"))},
-        "versions": {name: version(name) for name in ("lightsft", "torch", "transformers", "safetensors")},
-        "compared": "base + adapter in memory with the merged checkpoint, reloaded from disk by transformers in a "
-        "process where lightsft cannot be imported",
-    }
+def require_passed(certificate: Mapping[str, Any], *, wide: bool, in_codes: bool = False) -> None:
+    """Raise MergeError with what differs: the reload from what was written, or that from base + adapter."""
+    if certificate["passed"]:
+        return
+    todo = "nothing was written; merge in full precision with --dtype float32"
+    if in_codes:
+        todo = "nothing was written; keep what was trained in plain weights (--onto base)"
+    elif wide:
+        todo = "nothing was written; report it with the model's name"
+    if certificate["reload_difference"] > certificate["reload_limit"]:
+        raise MergeError(
+            f"the merged checkpoint, reloaded by plain transformers, differs from what was merged by "
+            f"{certificate['reload_difference']:.3g}",
+            expected=f"a {certificate['reload_limit_applies_to']} of at most {certificate['reload_limit']:.3g}",
+            todo=todo,
+        )
+    raise MergeError(
+        f"the merged checkpoint differs from base + adapter by {certificate['largest_logit_difference']:.3g}",
+        expected=f"a {certificate['limit_applies_to']} of at most {certificate['limit']:.3g}",
+        todo=todo,
+    )
 
 
 def _kept(batch: Batch, logits: Tensor) -> Tensor:

@@ -12,17 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightsft.errors import MergeError
-from lightsft.injection import Injection
-from lightsft.primitives.base import Change
+
+if TYPE_CHECKING:
+    from lightsft.injection import Injection
+    from lightsft.primitives.base import Change
 
 MOST_ROUNDING = 0.5
-Store = Callable[[Change], Tensor]  # the fp32 values that are left of a change once it is stored
+Store: TypeAlias = "Callable[[Change], Tensor]"  # the fp32 values that are left of a change once it is stored
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from lightsft.export.rounding import Rounding, changes, in_type, require_little,
 from lightsft.injection import Injection
 from lightsft.quantization import Quantization, matrix, quantized_layers
 from lightsft.quantizing import quantizable
+from lightsft.schemes import BASE, ORIGINAL
 
-BASE, ORIGINAL, CORRECTION = "base", "original", "correction"
+CORRECTION = "correction"
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def no_process(monkeypatch):
         kind = getattr(transformers, certifying.AUTO_CLASSES[task])
         return certifying.logits_of(Backbone(kind.from_pretrained(checkpoint, dtype="auto")), batches)
 
-    monkeypatch.setattr("lightsft.export.merge.plain_logits", here)
+    monkeypatch.setattr("lightsft.export.in_memory.plain_logits", here)
 
 
 # ---- what a merged folder is
@@ -227,7 +227,7 @@ def test_a_failure_half_way_leaves_nothing(adapter, tmp_path, no_process, monkey
         raise RuntimeError("half way")
 
     before = contents(adapter)
-    monkeypatch.setattr(f"lightsft.export.merge.{stage}", fail)
+    monkeypatch.setattr(f"lightsft.export.in_memory.{stage}", fail)
     with pytest.raises(RuntimeError, match="half way"):
         merge(adapter, out=tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}

@@ -1,0 +1,130 @@
+"""Merge from disk to disk: the changes that an adapter folder makes to a checkpoint folder, found without a model."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightsft.adapter_files import read_peft_settings, read_settings
+from lightsft.errors import ArtifactError, OutputError
+from lightsft.export.checkpoint_files import Checkpoint, StoredTensor, read_checkpoint
+from lightsft.export.companions import copy_companions
+from lightsft.export.plain_lora import plain_lora
+from lightsft.export.rounding import Rounding
+from lightsft.export.streaming import TYPES, Report, WrittenFile, plan, write
+from lightsft.files import read_json
+from lightsft.low_rank import LowRank
+from lightsft.sketch import same_values, sketched
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SPARE = 2**26  # bytes beside the weights
+
+
+@dataclass(frozen=True)
+class DiskMerge:
+    """An adapter folder, the base's files, and what becomes of which tensor."""
+
+    adapter: Path
+    checkpoint: Checkpoint
+    changes: dict[str, LowRank]
+    dtype: str | None = None
+    max_shard_size: int | None = None
+
+    @property
+    def files(self) -> tuple[WrittenFile, ...]:
+        """What is to be written."""
+        dtype = None if self.dtype is None else DTYPES[self.dtype]
+        return plan(self.checkpoint, self.changes, dtype=dtype, max_shard_size=self.max_shard_size)
+
+    def write(self, files: tuple[WrittenFile, ...], folder: Path, report: Report | None = None) -> list[Rounding]:
+        """Write weights and companions; what rounding loses of each change."""
+        copy_companions(self.checkpoint.folder, self.adapter, folder, self.dtype)
+        write(self.checkpoint, files, folder, report)
+        written = (tensor for file in files for tensor in file.tensors if tensor.change is not None)
+        return [Rounding(tensor.source.name, *tensor.lost.norms) for tensor in written]
+
+
+def from_disk(
+    adapter: Path, base: str | None, *, dtype: str = "checkpoint", max_shard_size: int | None = None
+) -> DiskMerge | None:
+    """The merge of an adapter folder into a folder of safetensors; None where that takes a model in memory.
+
+    Raises BackboneError for a damaged base, ArtifactError for an adapter that does not fit it.
+    """
+    folder = base_folder(adapter, base)
+    if folder is None or dtype not in ("checkpoint", *DTYPES) or not any(folder.glob("*.safetensors")):
+        return None
+    checkpoint = read_checkpoint(folder)
+    changes = plain_lora(adapter, checkpoint)
+    settings = read_settings(adapter)
+    if changes is None or (settings is not None and not _is_of_class(folder, settings["base"].get("class"))):
+        return None
+    if settings is not None:
+        _check_sketch(adapter, settings["base"]["sketch"], checkpoint)
+    return DiskMerge(adapter, checkpoint, changes, None if dtype == "checkpoint" else dtype, max_shard_size)
+
+
+def base_folder(adapter: Path, base: str | None) -> Path | None:
+    """Where the base is: as given, or as the adapter says; None if that is no folder of a checkpoint."""
+    settings, peft = read_settings(adapter) or {}, read_peft_settings(adapter) or {}
+    source = base or settings.get("base", {}).get("source") or peft.get("base_model_name_or_path")
+    folder = Path(source) if source else None
+    return folder if folder is not None and (folder / "config.json").is_file() else None
+
+
+def _is_of_class(folder: Path, name: str | None) -> bool:
+    """Whether the checkpoint was written by the class that the adapter was trained on, so that it has its names."""
+    return name in (read_json(folder / "config.json").get("architectures") or [])
+
+
+def _check_sketch(adapter: Path, sketch: Mapping[str, Sequence[float]], checkpoint: Checkpoint) -> None:
+    """Refuse a base that holds other values than the one that the adapter was trained on."""
+    stored = {name: checkpoint.tensors[name] for name in sketch if name in checkpoint.tensors}
+    different = [
+        f"{name} holds other values"
+        for name, tensor in stored.items()
+        if tensor.dtype in TYPES and not same_values(_values(tensor), torch.tensor(sketch[name]))
+    ]
+    if different:
+        shown = "\n  ".join(different[:6]) + (f"\n  and {len(different) - 6} more" if len(different) > 6 else "")
+        raise ArtifactError(
+            f"{adapter} was trained on another model than the one in {checkpoint.folder}:\n  {shown}",
+            expected="the base that it was trained on",
+            todo="name that with --base",
+        )
+
+
+def _values(tensor: StoredTensor) -> Tensor:
+    """Those that a sketch holds, read from the file."""
+    dtype = TYPES[tensor.dtype]
+    with tensor.file.open("rb") as file:
+        found = []
+        for position in sketched(math.prod(tensor.shape)):
+            file.seek(tensor.start + position * dtype.itemsize)
+            found.append(file.read(dtype.itemsize))
+    return torch.frombuffer(bytearray(b"".join(found)), dtype=dtype)
+
+
+def require_place(out: Path, base: Path, size: int) -> None:
+    """Raise OutputError where `out` would lie in the base's folder or around it, or the disk has no room for it."""
+    place, source = out.resolve(), base.resolve()
+    if place == source or source in place.parents or place in source.parents:
+        raise OutputError(
+            f"{out} and the base {base} lie in one another",
+            expected="a folder apart from the base's, which is never written to",
+            todo="choose another --out",
+        )
+    existing = next(folder for folder in place.parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size + SPARE:
+        raise OutputError(
+            f"{out} takes {size / 1e9:.2f} GB, and {existing} has {free / 1e9:.2f} GB left",
+            expected="room for the whole checkpoint",
+            todo="free some space or choose another --out; nothing was written",
+        )

@@ -1,0 +1,52 @@
+"""What two models are compared on: rows that were held out, or random tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from lightsft.backbone import Backbone
+from lightsft.dry_run import text_config
+from lightsft.export.certificate import Batch
+from lightsft.export.held_out import HeldOut
+from lightsft.training.evaluate import batches, score_model
+
+RANDOM_INPUTS, RANDOM_TOKENS = 32, 24
+MOST_LOGITS = 2**26  # numbers kept for the comparison, 256 MiB in fp32
+
+
+def score(backbone: Backbone, rows: HeldOut) -> float:
+    """The task's metric of the backbone as it is now."""
+    return float(score_model(backbone, rows.task, rows.rows, 64)[rows.task.metric])
+
+
+def inputs_to_compare(backbone: Backbone, rows: HeldOut | None) -> list[Batch]:
+    """Batches to compare on: as many rows as the logits fit in MOST_LOGITS, or random tokens."""
+    found: list[Batch] = []
+    if rows is None:
+        found = _random_inputs(backbone)
+    else:
+        found = [_without_labels(batch) for batch in batches(rows.task, rows.rows, backbone.tokenizer, 16)]
+    width = 1 if backbone.head else int(text_config(backbone.model).vocab_size)
+    kept: list[Batch] = []
+    numbers = 0
+    for batch in found:
+        numbers += batch["input_ids"].numel() * width
+        if kept and numbers > MOST_LOGITS:
+            break
+        kept.append(batch)
+    return kept
+
+
+def _without_labels(batch: Batch) -> Batch:
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def _random_inputs(backbone: Backbone) -> list[Batch]:
+    vocabulary = int(text_config(backbone.model).vocab_size)
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (RANDOM_INPUTS, RANDOM_TOKENS), generator=random)
+    end = getattr(backbone.model.config, "eos_token_id", None)
+    if isinstance(end, int) and end < vocabulary:  # some classifiers read the state at the one end token of a row
+        ids[ids == end] = (end + 1) % vocabulary
+        ids[:, -1] = end
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]

@@ -1,0 +1,121 @@
+"""A merged checkpoint, checked against base and adapter from disk, in fp64: for those that are too large to load.
+
+Every tensor must be there with its type and shape. Of each that was changed some rows are computed again, by the
+formula in fp64, and must be what is stored to within one rounding:
+
+    |stored - exact| <= eps / 2 |exact| + 8 eps_32 (|W| + s |B| |A|)
+
+Of each that was not changed, some bytes must be the base's.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightsft.export.checkpoint_files import Checkpoint, StoredTensor, read_checkpoint
+from lightsft.export.from_disk import DiskMerge
+from lightsft.export.streaming import TYPES
+from lightsft.low_rank import LowRank
+
+VALUES, PLACES = 2**15, 4  # of each tensor: numbers computed again, in so many places
+BYTES = 2**16  # of each tensor that was copied, in as many places
+SHOWN = 12
+
+
+def check_tiles(merge: DiskMerge, folder: Path, *, seed: int = 0) -> dict[str, Any]:
+    """What was compared and what differs: `passed`, and the first problems."""
+    merged, drawn = read_checkpoint(folder), random.Random(seed)
+    problems = list(_layout_problems(merge, merged))
+    compared, worst = 0, 0.0
+    if not problems:
+        for name, source in merge.checkpoint.tensors.items():
+            change, stored = merge.changes.get(name), merged.tensors[name]
+            if change is None:
+                problems += _copied_problems(source, stored, drawn)
+                continue
+            for off, number in _rows_off(source, stored, change, drawn):
+                compared, worst = compared + number, max(worst, off)
+                if not off <= 1:
+                    problems.append(f"{name}: off by {off:.3g} times a rounding")
+                    break
+    return {
+        "passed": not problems,
+        "problems": problems[:SHOWN],
+        "compared": "rows of every changed tensor with W + s B A in fp64, bytes of every other with the base's, "
+        "read from disk",
+        "changed_tensors": len(merge.changes),
+        "values_compared": compared,
+        "largest_difference_in_roundings": worst,
+    }
+
+
+def _layout_problems(merge: DiskMerge, merged: Checkpoint) -> Iterator[str]:
+    wanted = {t.source.name: (t.dtype, t.source.shape) for file in merge.files for t in file.tensors}
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in merged.tensors.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            yield f"{name}: {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing of that name')}"
+
+
+def _copied_problems(source: StoredTensor, stored: StoredTensor, drawn: random.Random) -> list[str]:
+    if source.dtype != stored.dtype:
+        values = math.prod(source.shape)
+        first = drawn.randrange(max(1, values - BYTES))
+        part = slice(first, min(first + BYTES, values))
+        same = torch.equal(_read(source, part).to(TYPES[stored.dtype]), _read(stored, part))
+        return [] if same else [f"{source.name}: not the base's values, rounded"]
+    for _ in range(PLACES):
+        first = drawn.randrange(max(1, source.size - BYTES))
+        size = min(BYTES, source.size - first)
+        if _bytes(source, first, size) != _bytes(stored, first, size):
+            return [f"{source.name}: not the base's bytes"]
+    return []
+
+
+def _rows_off(
+    source: StoredTensor, stored: StoredTensor, change: LowRank, drawn: random.Random
+) -> Iterator[tuple[float, int]]:
+    """(largest difference as a share of what one rounding may cost, numbers compared) of some rows."""
+    rows, columns = change.shape[-2:]
+    count = min(rows, max(1, VALUES // (PLACES * columns)))
+    matrices = change.matrices()
+    for _ in range(PLACES):
+        number, start = drawn.randrange(len(matrices)), drawn.randrange(rows - count + 1)
+        first = (number * rows + start) * columns
+        place = slice(first, first + count * columns)
+        before = _read(source, place).view(-1, columns)
+        after = _read(stored, place).view(-1, columns)
+        exact, reach = exactly(matrices[number], before, slice(start, start + count))
+        rounding = torch.finfo(after.dtype).eps / 2 * exact.abs() + 8 * torch.finfo(torch.float32).eps * reach
+        smallest = torch.finfo(after.dtype).tiny
+        yield float(((after.double() - exact).abs() / (rounding + smallest)).max()), exact.numel()
+
+
+def exactly(change: LowRank, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """(W', the size of the terms that it is the sum of) of rows of one matrix, in fp64."""
+    b, a = change.b[rows].double(), change.a.double()
+    changed = weight.double() + change.scaling * (b @ a)
+    reach = weight.double().abs() + abs(change.scaling) * (b.abs() @ a.abs())
+    if change.magnitude is None:
+        return changed, reach
+    scale = change.magnitude[rows].double()[:, None] / changed.norm(dim=1, keepdim=True)
+    return changed * scale, reach * scale.abs()
+
+
+def _read(tensor: StoredTensor, values: slice) -> Tensor:
+    dtype = TYPES[tensor.dtype]
+    size = (values.stop - values.start) * dtype.itemsize
+    return torch.frombuffer(bytearray(_bytes(tensor, values.start * dtype.itemsize, size)), dtype=dtype)
+
+
+def _bytes(tensor: StoredTensor, first: int, size: int) -> bytes:
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start + first)
+        return file.read(size)
