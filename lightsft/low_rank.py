@@ -1,7 +1,7 @@
 """Low-rank changes of a weight, made some rows at a time: what is written of them is the same in memory and from disk.
 
-    W' = W + s B A                          LoRA (2106.09685), PiSSA, VeRA, with a factor pair for each expert
-    W' = m V / ||V||,  V = W + s B A        DoRA (2402.09353), the norm of each row
+    W' = W + B A                            LoRA (2106.09685) with s B for B, PiSSA, VeRA; a pair for each expert
+    W' = m V / ||V||,  V = W + B A          DoRA (2402.09353), the norm of each row
 
 W (rows, columns) or (experts, rows, columns), B (rows, rank), A (rank, columns), m (rows). Arithmetic is in fp32 with
 one rounding to the type of W. Tiles have the same size wherever they are computed, so the results are the same bits.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE = 2**17  # numbers that are computed at once: 512 KiB in fp32, which stay in a core's cache
+TILE = 2**16  # numbers that are computed at once: 256 KiB in fp32, which stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,6 @@ class LowRank:
 
     b: Tensor
     a: Tensor
-    scaling: float
     magnitude: Tensor | None = None
 
     @property
@@ -37,20 +36,25 @@ class LowRank:
         if self.b.ndim == 2:
             return (self,)
         magnitudes = self.magnitude if self.magnitude is not None else [None] * len(self.b)
-        return [LowRank(b, a, self.scaling, m) for b, a, m in zip(self.b, self.a, magnitudes, strict=True)]
+        return [LowRank(b, a, m) for b, a, m in zip(self.b, self.a, magnitudes, strict=True)]
 
     def change(self, weight: Tensor, rows: slice) -> Tensor:
         """W' in fp32 of `weight`, these rows of one matrix in any type."""
-        changed: Tensor = torch.mm(self.b[rows], self.a).mul_(self.scaling).add_(weight)
+        changed: Tensor = torch.mm(self.b[rows], self.a).add_(weight)
         if self.magnitude is None:
             return changed
         lengths: Tensor = torch.linalg.norm(changed, dim=1)
         return changed.mul_((self.magnitude[rows] / lengths)[:, None])
 
 
+def rows_in_tile(columns: int) -> int:
+    """As many whole rows as make TILE numbers, at least one."""
+    return max(1, TILE // max(1, columns))
+
+
 def tiles(rows: int, columns: int) -> Iterator[slice]:
-    """Of a matrix: as many whole rows as make TILE numbers, at least one."""
-    step = max(1, TILE // max(1, columns))
+    """The rows of a matrix, a tile at a time."""
+    step = rows_in_tile(columns)
     yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

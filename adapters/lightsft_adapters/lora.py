@@ -270,7 +270,7 @@ class LoRASide(Side):
     def low_rank(self, served: nn.Module) -> LowRank | None:
         """W + s B A, as W is stored."""
         b, a = self.factors()
-        return LowRank(a.T, b.T, self.scaling) if isinstance(served, Conv1D) else LowRank(b, a, self.scaling)
+        return LowRank(a.T * self.scaling, b.T) if isinstance(served, Conv1D) else LowRank(b * self.scaling, a)
 
     def learning_rate_ratio(self, name: str) -> float:
         """LoRA+: B learns faster."""
@@ -413,7 +413,8 @@ class DoRASide(LoRASide):
         """With the magnitude; the columns of a transpose are not normed by rows."""
         if isinstance(served, Conv1D):
             return None
-        return LowRank(*self.factors(), self.scaling, self.lora_magnitude_vector.detach())
+        b, a = self.factors()
+        return LowRank(b * self.scaling, a, self.lora_magnitude_vector.detach())
 
     def delta(self, served: nn.Module) -> Tensor:
         """M V / ||V|| - W."""
@@ -476,7 +477,8 @@ class LoRADelta(WeightDelta):
 
     def low_rank(self) -> LowRank | None:
         """W + s B A."""
-        return LowRank(*self.factors(), self.scaling)
+        b, a = self.factors()
+        return LowRank(b * self.scaling, a)
 
     def delta(self) -> Tensor:
         """s B A, or s (B A - B0 A0), in the shape of `matrices`."""
@@ -505,7 +507,8 @@ class DoRADelta(LoRADelta):
 
     def low_rank(self) -> LowRank | None:
         """With the magnitude."""
-        return LowRank(*self.factors(), self.scaling, self.lora_magnitude_vector.detach())
+        b, a = self.factors()
+        return LowRank(b * self.scaling, a, self.lora_magnitude_vector.detach())
 
     def forward(self, weight: Tensor) -> Tensor:
         """M V / ||V||; the norm is a constant in the gradient."""
@@ -546,7 +549,7 @@ class LoRAEmbeddingSide(Side):
 
     def low_rank(self, served: nn.Module) -> LowRank | None:
         """E + s A^T B^T."""
-        return LowRank(self.lora_embedding_A.detach().T, self.lora_embedding_B.detach().T, self.scaling)
+        return LowRank(self.lora_embedding_A.detach().T * self.scaling, self.lora_embedding_B.detach().T)
 
     def delta(self, served: nn.Module) -> Tensor:
         """s A^T B^T, (vocabulary, size)."""

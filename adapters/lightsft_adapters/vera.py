@@ -150,7 +150,7 @@ class VeRASide(Side):
     def low_rank(self, served: nn.Module) -> LowRank | None:
         """W + (L_b B) (L_d A), or its transpose."""
         left, right = self.shared.factors(self.vera_lambda_d.detach(), self.vera_lambda_b.detach(), self.inputs)
-        return LowRank(right.T, left.T, 1.0) if isinstance(served, Conv1D) else LowRank(left, right, 1.0)
+        return LowRank(right.T, left.T) if isinstance(served, Conv1D) else LowRank(left, right)
 
     def delta(self, served: nn.Module) -> Tensor:
         """L_b B L_d A, in the layout of the served weight."""
@@ -176,7 +176,7 @@ class VeRADelta(WeightDelta):
     def low_rank(self) -> LowRank | None:
         """W + (L_b B) (L_d A)."""
         factors = self.shared.factors(self.vera_lambda_d.detach(), self.vera_lambda_b.detach(), self.inputs)
-        return LowRank(*factors, 1.0)
+        return LowRank(*factors)
 
     def forward(self, weight: Tensor) -> Tensor:
         """W + L_b B L_d A."""

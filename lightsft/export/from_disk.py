@@ -47,7 +47,7 @@ class DiskMerge:
         copy_companions(self.checkpoint.folder, self.adapter, folder, self.dtype)
         write(self.checkpoint, files, folder, report)
         written = (tensor for file in files for tensor in file.tensors if tensor.change is not None)
-        return [Rounding(tensor.source.name, *tensor.lost.norms) for tensor in written]
+        return [Rounding(t.source.name, *t.lost.norms(math.prod(t.source.shape))) for t in written]
 
 
 def from_disk(

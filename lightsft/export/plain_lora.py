@@ -106,7 +106,7 @@ def _change(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -
     rank = _of_pattern(name, config.get("rank_pattern"), config["r"])
     alpha = _of_pattern(name, config.get("alpha_pattern"), config["lora_alpha"])
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LowRank(parts[B], parts[A], float(scaling), parts.get(MAGNITUDE))
+    return LowRank(parts[B] * float(scaling), parts[A], parts.get(MAGNITUDE))
 
 
 def _of_pattern(name: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:

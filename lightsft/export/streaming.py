@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lightsft.export.checkpoint_files import INDEX_FILE, SINGLE_FILE, Checkpoint, Shard, StoredTensor
 from lightsft.files import write_json
-from lightsft.low_rank import tiles
+from lightsft.low_rank import rows_in_tile, tiles
 
 TYPES = {
     "F64": torch.float64,
@@ -30,9 +31,10 @@ TYPES = {
     "BF16": torch.bfloat16,
 }  # what can be computed with; anything else is copied
 NAMES = {dtype: name for name, dtype in TYPES.items()}
-BLOCK = 2**22  # bytes that a thread reads at once
+BLOCK = 2**20  # bytes that a thread reads at once
 COPY = 2**26  # bytes that the kernel is asked to copy at once
 THREADS = 4
+MEASURED = 16  # tiles of a matrix, spread over it, on which the rounding is measured; all of one that has fewer
 Report = Callable[[int], object]  # is told how many bytes more are written
 
 
@@ -54,16 +56,16 @@ class Change(Protocol):
 
 
 class Lost:
-    """Squares summed over a tensor: of what was changed, and of what rounding to the stored type loses of it."""
+    """What was changed of a tensor, and what rounding to the stored type loses of that: on MEASURED tiles or more."""
 
     def __init__(self) -> None:
-        self.parts: list[tuple[float, float]] = []  # of each piece, in the order in which threads finish them
+        self.parts: list[tuple[int, float, float]] = []  # (values, squares of delta, of error), as threads finish them
 
-    @property
-    def norms(self) -> tuple[float, float]:
-        """(||delta||, ||error||)."""
-        delta, error = zip(*self.parts, strict=True) if self.parts else ((), ())
-        return math.sqrt(math.fsum(delta)), math.sqrt(math.fsum(error))
+    def norms(self, values: int) -> tuple[float, float]:
+        """(||delta||, ||error||) of all the tensor's values, from those that were measured."""
+        counts, delta, error = zip(*self.parts, strict=True) if self.parts else ((1,), (0.0,), (0.0,))
+        share = values / sum(counts)
+        return math.sqrt(share * math.fsum(delta)), math.sqrt(share * math.fsum(error))
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,9 @@ def _new_file(
 def write(checkpoint: Checkpoint, files: Sequence[WrittenFile], folder: Path, report: Report | None = None) -> None:
     """Write the planned files, and their index if there is one, to `folder`; each is on the disk when it returns."""
     tell = report or (lambda size: None)
-    with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+    threads = min(THREADS, os.cpu_count() or 1)
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool, _restored(before):
         for file in files:
             with ExitStack() as stack:
                 out = stack.enter_context(_opened(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL))
@@ -174,23 +178,19 @@ def write(checkpoint: Checkpoint, files: Sequence[WrittenFile], folder: Path, re
                     path: stack.enter_context(_opened(path, os.O_RDONLY))
                     for path in dict.fromkeys(tensor.source.file for tensor in file.tensors)
                 }
-                jobs = [pool.submit(job, sources, out, tell) for job in _jobs(file)]
-                for done in wait(jobs, return_when=FIRST_EXCEPTION).done:
-                    done.result()
+                _write_pieces(file, sources, out, pool, 2 * threads, tell)
                 os.fsync(out)
     if len(files) > 1:
         write_json(folder / INDEX_FILE, _index(checkpoint, files))
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[int]:
-    """Within it torch computes with one thread; the threads are ours, each with a piece of the file."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _restored(threads: int) -> Iterator[None]:
+    """Afterwards torch computes with so many threads again, whatever others have set."""
     try:
-        yield min(THREADS, os.cpu_count() or 1)
+        yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -209,23 +209,69 @@ def _index(checkpoint: Checkpoint, files: Sequence[WrittenFile]) -> dict[str, An
     return {"metadata": metadata, "weight_map": names}
 
 
-# ---- pieces of a file, each for a thread
-
-Job = Callable[[Mapping[Path, int], int, Report], None]
+# ---- pieces of a file: read and changed by several threads, written by one, since a file has one lock
 
 
-def _jobs(file: WrittenFile) -> Iterator[Job]:
-    """Neighbours that are copied are copied together."""
+def _write_pieces(
+    file: WrittenFile, sources: Mapping[Path, int], out: int, pool: Executor, most: int, report: Report
+) -> None:
+    waiting: deque[tuple[_Edit, Future[Tensor], _Space]] = deque()
+    free = [_Space() for _ in range(most)]
+    for piece in _pieces(file):
+        if isinstance(piece, _Copy):
+            _copy_bytes(sources[piece.source], out, piece.start, piece.stop, piece.start + piece.shift)
+            _start_writing(out, piece.start + piece.shift, piece.stop - piece.start)
+            report(piece.stop - piece.start)
+            continue
+        if not free:
+            free.append(_write_next(waiting, out, report))
+        space = free.pop()
+        waiting.append((piece, pool.submit(piece.changed, sources[piece.tensor.source.file], space), space))
+    while waiting:
+        _write_next(waiting, out, report)
+
+
+class _Space:
+    """Memory for one piece, used again and again: fresh pages cost more than what is computed in them."""
+
+    def __init__(self) -> None:
+        self.before, self.after = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
+
+    def of(self, rows: int, columns: int, source: torch.dtype, target: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Two tensors (rows, columns), one and the same where the types are."""
+        self.before, before = _held(self.before, rows, columns, source)
+        if source == target:
+            return before, before
+        self.after, after = _held(self.after, rows, columns, target)
+        return before, after
+
+
+def _held(memory: Tensor, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    size = rows * columns * dtype.itemsize
+    if len(memory) < size:
+        memory = torch.empty(size, dtype=torch.uint8)
+    return memory, memory[:size].view(dtype).view(rows, columns)
+
+
+def _write_next(waiting: deque[tuple[_Edit, Future[Tensor], _Space]], out: int, report: Report) -> _Space:
+    piece, changed, space = waiting.popleft()
+    size = _write_all(out, _bytes(changed.result()), piece.place)
+    _start_writing(out, piece.place, size)
+    report(size)
+    return space
+
+
+def _pieces(file: WrittenFile) -> Iterator[_Copy | _Edit]:
+    """In order; neighbours that are copied are copied together."""
     run: list[Written] = []
     for tensor in file.tensors:
-        if tensor.change is None and tensor.dtype == tensor.source.dtype:
-            if run and not _follows(run[-1], tensor):
-                yield from _copies(run)
-                run = []
-            run.append(tensor)
-        else:
+        copied = tensor.change is None and tensor.dtype == tensor.source.dtype
+        if run and not (copied and _follows(run[-1], tensor)):
             yield from _copies(run)
             run = []
+        if copied:
+            run.append(tensor)
+        else:
             yield from _edits(tensor)
     yield from _copies(run)
 
@@ -234,7 +280,7 @@ def _follows(one: Written, other: Written) -> bool:
     return (one.source.file, one.source.stop, one.stop) == (other.source.file, other.source.start, other.start)
 
 
-def _copies(run: Sequence[Written]) -> Iterator[Job]:
+def _copies(run: Sequence[Written]) -> Iterator[_Copy]:
     if not run:
         return
     source, start, shift = run[0].source.file, run[0].source.start, run[0].start - run[0].source.start
@@ -252,12 +298,8 @@ class _Copy:
     stop: int
     shift: int
 
-    def __call__(self, sources: Mapping[Path, int], out: int, report: Report) -> None:
-        copy_bytes(sources[self.source], out, self.start, self.stop, self.start + self.shift)
-        report(self.stop - self.start)
 
-
-def copy_bytes(source: int, out: int, start: int, stop: int, place: int) -> None:
+def _copy_bytes(source: int, out: int, start: int, stop: int, place: int) -> None:
     """From one open file to another: by the kernel where it can, shared where the file system can."""
     by_kernel = hasattr(os, "copy_file_range")
     while start < stop:
@@ -274,12 +316,12 @@ def copy_bytes(source: int, out: int, start: int, stop: int, place: int) -> None
         start, place = start + count, place + count
 
 
-def _edits(tensor: Written) -> Iterator[Job]:
+def _edits(tensor: Written) -> Iterator[_Edit]:
     """Blocks of whole tiles of each matrix."""
     source = TYPES[tensor.source.dtype]
     changes: Sequence[Change | None] = [None] if tensor.change is None else tensor.change.matrices()
     rows, columns = _shape(tensor)
-    step = next(tiles(rows, columns), slice(0, 1)).stop
+    step = rows_in_tile(columns)
     block = step * max(1, BLOCK // max(1, step * columns * source.itemsize))
     for number, change in enumerate(changes):
         for start in range(0, rows, block):
@@ -306,25 +348,38 @@ class _Edit:
     rows: slice
     columns: int
 
-    def __call__(self, sources: Mapping[Path, int], out: int, report: Report) -> None:
+    @property
+    def place(self) -> int:
+        """The byte of the new file at which it begins."""
+        return self.tensor.start + self._offset * TYPES[self.tensor.dtype].itemsize
+
+    @property
+    def _offset(self) -> int:
+        return int((self.first + self.rows.start) * self.columns)
+
+    def changed(self, descriptor: int, space: _Space) -> Tensor:
+        """The new values, of the base's in an open file."""
         source, target = TYPES[self.tensor.source.dtype], TYPES[self.tensor.dtype]
         count = self.rows.stop - self.rows.start
-        before = torch.empty(count, self.columns, dtype=source)
-        offset = (self.first + self.rows.start) * self.columns
-        _read_all(sources[self.tensor.source.file], before, self.tensor.source.start + offset * source.itemsize)
-        after = before if source == target else torch.empty(count, self.columns, dtype=target)
-        delta = error = 0.0
+        before, after = space.of(count, self.columns, source, target)
+        _read_all(descriptor, before, self.tensor.source.start + self._offset * source.itemsize)
         for part in tiles(count, self.columns):
-            if self.change is None:
-                after[part] = before[part].to(target)
-                continue
-            changed = self.change.change(before[part], slice(self.rows.start + part.start, self.rows.start + part.stop))
-            stored = changed.to(target)
-            delta += _square(changed - before[part])
-            error += _square(stored.float().sub_(changed)) if target != torch.float32 else 0.0
-            after[part] = stored
-        self.tensor.lost.parts.append((delta, error))
-        report(_write_all(out, _bytes(after), self.tensor.start + offset * target.itemsize))
+            rows = slice(self.rows.start + part.start, self.rows.start + part.stop)
+            changed = before[part] if self.change is None else self.change.change(before[part], rows)
+            if self.change is not None and self._is_measured(rows):
+                self._measure(before[part], changed, changed.to(target))
+            after[part] = changed
+        return after
+
+    def _is_measured(self, rows: slice) -> bool:
+        size = rows_in_tile(self.columns)
+        every = max(1, _shape(self.tensor)[0] // (size * MEASURED))
+        return bool((rows.start // size) % every == 0)
+
+    def _measure(self, before: Tensor, changed: Tensor, stored: Tensor) -> None:
+        delta = _square(changed - before)
+        error = 0.0 if stored.dtype == changed.dtype else _square(stored.float().sub_(changed))
+        self.tensor.lost.parts.append((changed.numel(), delta, error))
 
 
 def _square(values: Tensor) -> float:
@@ -344,6 +399,12 @@ def _read_all(descriptor: int, into: Tensor, place: int) -> None:
         if count == 0:
             raise OSError("the file is shorter than its header says")
         view, place = view[count:], place + count
+
+
+def _start_writing(out: int, place: int, size: int) -> None:
+    """Let the system bring these bytes to the disk while others are computed, so that `fsync` need not wait for all."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(out, place, size, os.POSIX_FADV_DONTNEED)
 
 
 def _write_all(descriptor: int, content: bytes | memoryview, place: int) -> int:

@@ -3,7 +3,7 @@
 Every tensor must be there with its type and shape. Of each that was changed some rows are computed again, by the
 formula in fp64, and must be what is stored to within one rounding:
 
-    |stored - exact| <= eps / 2 |exact| + 8 eps_32 (|W| + s |B| |A|)
+    |stored - exact| <= eps / 2 |exact| + 8 eps_32 (|W| + |B| |A|)
 
 Of each that was not changed, some bytes must be the base's.
 """
@@ -101,8 +101,8 @@ def _rows_off(
 def exactly(change: LowRank, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """(W', the size of the terms that it is the sum of) of rows of one matrix, in fp64."""
     b, a = change.b[rows].double(), change.a.double()
-    changed = weight.double() + change.scaling * (b @ a)
-    reach = weight.double().abs() + abs(change.scaling) * (b.abs() @ a.abs())
+    changed = weight.double() + b @ a
+    reach = weight.double().abs() + b.abs() @ a.abs()
     if change.magnitude is None:
         return changed, reach
     scale = change.magnitude[rows].double()[:, None] / changed.norm(dim=1, keepdim=True)

@@ -364,22 +364,24 @@ def test_killed_at_any_moment_the_folder_is_absent_or_whole(tmp_path):
         "from lightsft.export import streaming\n"
         "from lightsft.export.merge import merge_folder\n"
         "plain = os.pwrite\n"
-        "def slow(*args):\n    time.sleep(0.003)\n    return plain(*args)\n"
+        "def slow(*args):\n    time.sleep(0.02)\n    return plain(*args)\n"
         "os.pwrite = slow\n"
         "print('ready', flush=True)\n"
         f"merge_folder(Path({str(adapter)!r}), Path({str(out)!r}), check='none', most_rounding=9.0)\n"
     )
-    expected, drawn, whole = None, random.Random(0), 0
+    expected, drawn, whole, whole_time = None, random.Random(0), 0, 0.0
     for attempt in range(14):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=dict(os.environ))
         process.stdout.readline()
+        began = time.perf_counter()
         if attempt:
-            time.sleep(drawn.uniform(0, 0.35))
+            time.sleep(drawn.uniform(0, whole_time))
             process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
         if attempt == 0:
             assert process.returncode == 0
+            whole_time = time.perf_counter() - began
         if out.exists():
             found = stored(out)
             expected = expected or found
