@@ -105,24 +105,35 @@ def load(
     """
     directory = Path(directory)
     tensors = read_tensors(directory)
-    settings = read_settings(directory)
     if backbone is None:
         backbone = load_base(directory)
     elif not isinstance(backbone, Backbone):
         backbone = Backbone(backbone)
-    if settings is not None:
-        _check_base(directory, settings, backbone, other_quantization)
-        strategy = registry.strategy(settings["strategy"], **settings["options"])
-        injection = _restored(strategy, backbone, settings["seed"])
-    else:
-        tensors = _without_base_copies(directory, tensors, backbone)
-        injection = _restored(_strategy_from_peft(directory, tensors), backbone)
+    injection, tensors = placed(directory, backbone, tensors, other_quantization=other_quantization)
     try:
         injection.load_tensors(tensors, origin=str(directory))
     except LightsftError:
         injection.eject()
         raise
     return injection
+
+
+def placed(
+    directory: Path, backbone: Backbone, tensors: dict[str, Tensor], *, other_quantization: bool = False
+) -> tuple[Injection, dict[str, Tensor]]:
+    """The strategy of a folder on `backbone`, yet to be given values, and those of the folder's tensors that it takes.
+
+    A backbone without values is not compared with the one that the folder was trained on.
+    """
+    settings, has_values = read_settings(directory), backbone.model.device.type != "meta"
+    if settings is not None:
+        if has_values:
+            _check_base(directory, settings, backbone, other_quantization)
+        strategy = registry.strategy(settings["strategy"], **settings["options"])
+        return _restored(strategy, backbone, settings["seed"]), tensors
+    if has_values:
+        tensors = _without_base_copies(directory, tensors, backbone)
+    return _restored(_strategy_from_peft(directory, tensors), backbone), tensors
 
 
 def _restored(strategy: Strategy, backbone: Backbone, seed: int = 0) -> Injection:
@@ -147,7 +158,7 @@ def load_base(directory: Path, base: str | None = None, *, as_quantized: bool = 
         )
     try:
         then = _as_quantized_then(settings, source) if as_quantized else {}
-        backbone = Backbone.load(source, **{**_what_to_load(directory, settings, peft), **options, **then})
+        backbone = Backbone.load(source, **{**what_to_load(directory, settings, peft), **options, **then})
         if then and options.get("dtype") in ("float32", torch.float32):
             backbone.cast(torch.float32)
         return backbone
@@ -177,7 +188,7 @@ def _as_quantized_then(settings: Mapping[str, Any], source: str) -> dict[str, An
     return {"quantization": how.scheme, "double_quantization": how.double, "dtype": settings["base"]["dtype"]}
 
 
-def _what_to_load(directory: Path, settings: Mapping[str, Any], peft: Mapping[str, Any]) -> dict[str, Any]:
+def what_to_load(directory: Path, settings: Mapping[str, Any], peft: Mapping[str, Any]) -> dict[str, Any]:
     """The task of a folder, with its labels; of a model for another task, the class that it is."""
     task = settings.get("task") or {}
     if task:

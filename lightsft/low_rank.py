@@ -46,6 +46,15 @@ class LowRank:
         lengths: Tensor = torch.linalg.norm(changed, dim=1)
         return changed.mul_((self.magnitude[rows] / lengths)[:, None])
 
+    def exact(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The same in fp64, and the size of the terms that it is the sum of."""
+        b, a, before = self.b[rows].double(), self.a.double(), weight.double()
+        changed, reach = before + b @ a, before.abs() + b.abs() @ a.abs()
+        if self.magnitude is None:
+            return changed, reach
+        scale = self.magnitude[rows].double()[:, None] / changed.norm(dim=1, keepdim=True)
+        return changed * scale, reach * scale.abs()
+
 
 def rows_in_tile(columns: int) -> int:
     """As many whole rows as make TILE numbers, at least one."""

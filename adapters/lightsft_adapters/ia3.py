@@ -9,7 +9,7 @@ l_ff each. A block without attention has the input of the layer that writes its 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ from lightsft.primitives import Part, PlacedPart, PlacedSide, Side, WeightDelta
 from lightsft.primitives.base import Change, drop_pre_hook
 from lightsft.quantization import device_of, parameter_names
 from lightsft.roles import find_biases
+from lightsft.row_changes import RowChange, Scaled, as_matrix
 from lightsft.targets import resolve_layers
 from lightsft_adapters.checks import one_of
 from lightsft_adapters.peft_folder import TASK_TYPES, any_tied, whole_modules
@@ -214,6 +215,15 @@ class OutputScale(Side):
         merged = {"weight": weight.float() * rows}
         return merged if bias is None else merged | {"bias": bias.float() * factors}
 
+    def row_changes(self, served: nn.Module) -> Mapping[str, RowChange]:
+        """The same by rows."""
+        weight, factors = served.get_parameter("weight"), self.factors().detach()
+        along = factors[None] if isinstance(served, Conv1D) else factors[:, None]
+        found: dict[str, RowChange] = {"weight": Scaled(as_matrix(weight.shape), along)}
+        if getattr(served, "bias", None) is not None:
+            found["bias"] = Scaled((self.size, 1), factors[:, None])
+        return found
+
     def tensors(self) -> dict[str, Tensor]:
         """The factors of all features, (out, 1), as PEFT has them."""
         return {"ia3_l": self.factors().detach()[:, None]}
@@ -269,6 +279,10 @@ class ScaleDelta(WeightDelta):
         """The factors in the shape of the mask."""
         return torch.ones(self.mask.shape, device=self.ia3_l.device).masked_scatter(self.mask, self.ia3_l)
 
+    def row_change(self, shape: torch.Size) -> RowChange | None:
+        """The same of a matrix, or of one for each expert."""
+        return Scaled(tuple(shape), self.factors().detach(), near_one=True) if len(shape) in (2, 3) else None
+
     def forward(self, weight: Tensor) -> Tensor:
         """L W."""
         return scaled(weight, self.factors())
@@ -280,6 +294,11 @@ class SameScaleDelta(WeightDelta):
     def __init__(self, delta: ScaleDelta) -> None:
         super().__init__()
         self.source = (delta,)  # in a tuple: it is no child, and saved once
+
+    def row_change(self, shape: torch.Size) -> RowChange | None:
+        """The same of a vector."""
+        factors = self.source[0].factors().detach()
+        return Scaled(as_matrix(shape), factors.reshape(as_matrix(shape)), near_one=True)
 
     def forward(self, weight: Tensor) -> Tensor:
         """L b."""
@@ -326,6 +345,14 @@ class PlacedInputScale(PlacedPart):
         assert isinstance(self.part, InputScale)
         served = plain_twin(self.served)
         yield Change(f"{self.name}.weight", served.get_parameter("weight").float(), self.part.merged(served))
+
+    def row_changes(self) -> Mapping[str, RowChange] | None:
+        """The same by rows; the groups of a convolution have columns of their own."""
+        if isinstance(self.served, CONVOLUTIONS):
+            return None
+        factors, weight = self.part.get_parameter("ia3_l").detach(), self.served.get_parameter("weight")
+        along = factors.T if isinstance(self.served, Conv1D) else factors
+        return {f"{self.name}.weight": Scaled(as_matrix(weight.shape), along)}
 
     @torch.no_grad()
     def merge(self) -> None:

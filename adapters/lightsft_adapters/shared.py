@@ -6,6 +6,7 @@ that copies of the model share among themselves and no tensor has two names.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lightsft.primitives import Part, PlacedPart
 from lightsft.primitives.base import free_name
+from lightsft.row_changes import RowChange
 
 
 class PlacedShared(PlacedPart):
@@ -46,6 +48,10 @@ class PlacedShared(PlacedPart):
     def covers(self) -> set[str]:
         """No parameter: the parts that share them do."""
         return set()
+
+    def row_changes(self) -> Mapping[str, RowChange]:
+        """None: the parts that share them change weights."""
+        return {}
 
     def merge(self) -> None:
         """The parts that share them merge; here there is nothing to do but go."""

@@ -108,12 +108,21 @@ class Projections(Part):
 
     def __init__(self, rank: int, outputs: int, inputs: int, seed: int, *, saved: bool) -> None:
         super().__init__()
+        self.seed = seed
         for name, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-            value = nn.init.kaiming_uniform_(torch.empty(shape), generator=generator(seed, f"vera.{name}"))
+            value = self._made(name, shape)
             if saved:
                 self.register_parameter(name, nn.Parameter(value, requires_grad=False))
             else:
                 self.register_buffer(name, value, persistent=False)
+
+    def _made(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return nn.init.kaiming_uniform_(torch.empty(shape), generator=generator(self.seed, f"vera.{name}"))
+
+    def make_again(self) -> None:
+        """What is not saved comes from the seed."""
+        for name, buffer in self.named_buffers():
+            buffer.copy_(self._made(name, tuple(buffer.shape)))
 
     def factors(self, d: Tensor, b: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
         """(L_b B (..., out, rank), L_d A (..., rank, inputs)), with d (..., rank) and b (..., out)."""

@@ -20,7 +20,10 @@ _SIZES = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def command(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder, of lightsft or PEFT.", show_default=False)],
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(help="Adapter folder of lightsft or PEFT, or several.", show_default=False),
+    ],
     out: Annotated[
         Path, typer.Option(help="Folder for the merged checkpoint; must not exist yet.", show_default=False)
     ],
@@ -62,21 +65,54 @@ def command(
         str | None,
         typer.Option(help="Largest file of weights, such as 5GB; by default those of the base.", show_default=False),
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of several adapters: the weight of each, such as 0.7,0.3.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Of several adapters: linear (task arithmetic), ties, dare_linear or dare_ties.")
+    ] = "linear",
+    density: Annotated[
+        float | None,
+        typer.Option(help="Share of the values that ties and dare keep; by default 0.2 and 0.5.", show_default=False),
+    ] = None,
     in_memory: Annotated[
         bool, typer.Option("--in-memory", help="Merge through the model in memory, not from disk to disk.")
     ] = False,
 ) -> None:
     """Fold a trained strategy into its base: a plain transformers checkpoint, checked against base + adapter."""
-    from lightsft.export.merge import merge_folder
+    from lightsft.export.merge import merge_folder, merge_several
+    from lightsft.export.several import Combination
 
     def rows() -> Any:
         from lightsft.export.held_out import held_out
 
-        return held_out(adapter, data, encoding)
+        return held_out(adapters[0], data, encoding)
 
+    size = None if max_shard_size is None else _bytes(max_shard_size)
+    if len(adapters) > 1 or weights is not None:
+        if data is not None or in_memory or correction_rank or onto != "base":
+            raise ConfigurationError(
+                "several adapters with --data, --in-memory, --onto or --correction-rank",
+                expected="a merge from disk to disk, checked there",
+                todo="leave these out",
+            )
+        several = Combination(tuple(adapters), _numbers(weights, len(adapters)), method, density)
+        with _progress() as report:
+            certificate = merge_several(
+                several,
+                out,
+                base=base,
+                dtype=dtype,
+                most_rounding=most_rounding,
+                check=check,
+                max_shard_size=size,
+                report=report,
+            )
+        _show(certificate, out)
+        return
     with _progress() as report:
         certificate = merge_folder(
-            adapter,
+            adapters[0],
             out,
             base=base,
             rows=rows,
@@ -85,14 +121,17 @@ def command(
             most_rounding=most_rounding,
             correction_rank=correction_rank,
             check="load" if data is not None and check == "auto" else check,
-            max_shard_size=None if max_shard_size is None else _bytes(max_shard_size),
+            max_shard_size=size,
             streaming=not in_memory,
             report=report,
         )
+    _show(certificate, out)
+
+
+def _show(certificate: Mapping[str, Any], out: Path) -> None:
     typer.echo(f"merged      {out}")
-    typer.echo(f"certificate {out / 'certificate.json'}: {_checked(certificate)}")
-    if certificate["check"] == "load":
-        typer.echo(f"score       {_scores(certificate)}")
+    typer.echo(f"certificate {out / 'certificate.json'}")
+    show_check(certificate)
     lost, without = certificate["rounding"], certificate.get("rounding_without_correction")
     typer.echo(f"rounding    {_share(lost)} of what was trained is lost by storing it as {certificate['onto']}")
     if without is not None:
@@ -112,6 +151,13 @@ def _progress() -> Iterator[Report]:
         yield lambda written, whole: progress.update(bar, advance=written, total=whole, visible=True)
 
 
+def _numbers(text: str | None, count: int) -> tuple[float, ...]:
+    try:
+        return (1.0,) * count if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigurationError(f"--weights {text!r}", expected="a number for each adapter: 0.7,0.3") from error
+
+
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?b)?\s*", text.lower())
     try:
@@ -122,16 +168,17 @@ def _bytes(text: str) -> int:
         ) from error
 
 
-def _checked(certificate: Mapping[str, Any]) -> str:
+def show_check(certificate: Mapping[str, Any]) -> None:
+    """What was compared, and how far apart it is."""
     if certificate["check"] == "load":
         found = certificate["largest_logit_difference"]
-        return f"largest logit difference {found:.1e} on {certificate['inputs']} inputs"
-    if certificate["check"] == "tiles":
-        return (
-            f"{certificate['values_compared']:,} values of {certificate['changed_tensors']} changed weights are what "
-            "the formula gives in fp64, rounded once"
-        )
-    return "not checked"
+        typer.echo(f"checked     largest logit difference {found:.1e} on {certificate['inputs']} inputs")
+        typer.echo(f"score       {_scores(certificate)}")
+    elif certificate["check"] == "tiles":
+        values, weights = certificate["values_compared"], certificate["changed_tensors"]
+        typer.echo(f"checked     {values:,} values of {weights} changed weights against the formula in fp64")
+    else:
+        typer.echo("checked     not at all")
 
 
 def _scores(certificate: Mapping[str, Any]) -> str:

@@ -15,14 +15,14 @@ _TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", 
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 
 
-def copy_companions(base: Path, adapter: Path, out: Path, dtype: str | None = None) -> None:
+def copy_companions(base: Path, adapter: Path | None, out: Path, dtype: str | None = None) -> None:
     """Configuration, tokenizer, templates, licence: the base's, and over them the adapter's own tokenizer.
 
     With `dtype`, the configuration says that the weights are kept in it. The base's card describes the base, and stays.
     """
     for file in _files(base):
         shutil.copyfile(file, out / file.name)
-    for file in _files(adapter):
+    for file in _files(adapter) if adapter is not None else ():
         if file.name.startswith(_TOKENIZER):
             shutil.copyfile(file, out / file.name)
     if dtype is not None and (out / "config.json").is_file():

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from lightsft.export.plain_lora import plain_lora
 from lightsft.export.rounding import Rounding
 from lightsft.export.streaming import TYPES, Report, WrittenFile, plan, write
 from lightsft.files import read_json
-from lightsft.low_rank import LowRank
+from lightsft.row_changes import RowChange
 from lightsft.sketch import same_values, sketched
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,11 +29,11 @@ SPARE = 2**26  # bytes beside the weights
 
 @dataclass(frozen=True)
 class DiskMerge:
-    """An adapter folder, the base's files, and what becomes of which tensor."""
+    """The base's files, what becomes of which tensor, and the adapter folder that says so (None: several)."""
 
-    adapter: Path
+    adapter: Path | None
     checkpoint: Checkpoint
-    changes: dict[str, LowRank]
+    changes: Mapping[str, RowChange]
     dtype: str | None = None
     max_shard_size: int | None = None
 
@@ -61,9 +62,15 @@ def from_disk(
     if folder is None or dtype not in ("checkpoint", *DTYPES) or not any(folder.glob("*.safetensors")):
         return None
     checkpoint = read_checkpoint(folder)
-    changes = plain_lora(adapter, checkpoint)
     settings = read_settings(adapter)
-    if changes is None or (settings is not None and not _is_of_class(folder, settings["base"].get("class"))):
+    if settings is not None and not _fits(settings["base"], folder):
+        return None
+    changes: Mapping[str, RowChange] | None = plain_lora(adapter, checkpoint)
+    if changes is None:
+        from lightsft.export.from_shapes import changes_by_shapes
+
+        changes = changes_by_shapes(adapter, checkpoint)
+    if changes is None:
         return None
     if settings is not None:
         _check_sketch(adapter, settings["base"]["sketch"], checkpoint)
@@ -78,9 +85,10 @@ def base_folder(adapter: Path, base: str | None) -> Path | None:
     return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
-def _is_of_class(folder: Path, name: str | None) -> bool:
-    """Whether the checkpoint was written by the class that the adapter was trained on, so that it has its names."""
-    return name in (read_json(folder / "config.json").get("architectures") or [])
+def _fits(base: Mapping[str, Any], folder: Path) -> bool:
+    """Whether the strategy was trained beside plain weights of a model of the class that wrote the checkpoint."""
+    architectures = read_json(folder / "config.json").get("architectures") or []
+    return base.get("quantization") is None and base.get("class") in architectures
 
 
 def _check_sketch(adapter: Path, sketch: Mapping[str, Sequence[float]], checkpoint: Checkpoint) -> None:

@@ -85,7 +85,7 @@ def merge_in_memory(
             if stored.correction is not None:
                 artifact.load(folder / CORRECTION, reloaded)
                 scores["score_corrected"] = score(reloaded, rows)
-        certificate |= scores | stored.report() | {"check": "load", "written": "from memory"}
+        certificate |= scores | stored.report() | {"check": "load", "written": "from memory", "dtype": dtype}
         certificate |= provenance(adapter, str(backbone.source), checked=folder)
         require_passed(
             certificate, in_codes=stored.backbone.quantization is not None, wide=model.dtype == torch.float32

@@ -15,9 +15,18 @@ from lightsft.export.inputs import inputs_to_compare, score
 
 
 def check_by_loading(
-    folder: Path, adapter: Path, base: str | None, rows: HeldOut | None, dtype: str = "checkpoint"
+    folder: Path,
+    adapter: Path,
+    base: str | None,
+    rows: HeldOut | None,
+    dtype: str = "checkpoint",
+    *,
+    exact: bool = True,
 ) -> dict[str, Any]:
-    """Logits of both on `rows` (random tokens without), the score before and after; `passed` by stated limits."""
+    """Logits of both on `rows` (random tokens without), the score before and after; `passed` by stated limits.
+
+    What is not `exact` (codes, other weights) is measured and has no limit.
+    """
     backbone = artifact.load_base(adapter, base, dtype=dtype, device="cpu")
     injection = artifact.load(adapter, backbone)
     compared = inputs_to_compare(backbone, rows)
@@ -33,6 +42,7 @@ def check_by_loading(
         merged=reloaded,
         reloaded=reloaded,
         half_precision=backbone.stored_dtype != torch.float32,
+        exact=exact,
     )
     if rows is not None:
         merged = Backbone.load(folder, task=name, dtype="checkpoint", device="cpu")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightsft.errors import ConfigurationError, MergeError
+from lightsft.errors import ConfigurationError
 from lightsft.export.from_disk import DiskMerge, from_disk, require_place
 from lightsft.export.provenance import CERTIFICATE, provenance
 from lightsft.export.rounding import MOST_ROUNDING, require_little, total
-from lightsft.export.tile_check import check_tiles
+from lightsft.export.several import Combination, combined_from_disk
+from lightsft.export.tile_check import check_tiles, require_same_tiles
 from lightsft.files import new_folder, require_free, write_json
 from lightsft.schemes import BASE, ORIGINAL, SCHEMES
 
@@ -24,7 +25,7 @@ Report = Callable[[int, int], object]  # is told how many bytes more are written
 
 
 def merge(
-    adapter_dir: str | Path,
+    adapter_dir: str | Path | Sequence[str | Path],
     *,
     base: str | Path | None = None,
     out: str | Path,
@@ -37,6 +38,9 @@ def merge(
     check: str = "auto",
     max_shard_size: int | None = None,
     streaming: bool = True,
+    weights: Sequence[float] | None = None,
+    method: str = "linear",
+    density: float | None = None,
 ) -> Path:
     """Write the merged checkpoint to `out` with its certificate.json; returns `out`.
 
@@ -54,10 +58,27 @@ def merge(
     certificate holds the score before and after on rows of `data` (in `encoding`); without it, on the test split of
     the run that `adapter_dir` is of, where its data is still there.
 
+    Several adapters of one base are merged together: with `weights` (1 each by default), by `method` "linear" (task
+    arithmetic), "ties", "dare_linear" or "dare_ties", of which the last three keep the share `density` of the values.
+
     Raises MergeError if the strategy does not merge, if storing the weights loses more than `most_rounding` of what was
     trained, or if the checkpoint differs from base + adapter; OutputError if `out` holds something, or the disk has no
     room. Only what passed is left there.
     """
+
+    if not isinstance(adapter_dir, str | Path):
+        folders = tuple(map(Path, adapter_dir))
+        several = Combination(folders, tuple(weights or [1.0] * len(folders)), method, density)
+        merge_several(
+            several,
+            Path(out),
+            base=None if base is None else str(base),
+            dtype=dtype,
+            most_rounding=most_rounding,
+            check=check,
+            max_shard_size=max_shard_size,
+        )
+        return Path(out)
 
     def rows() -> HeldOut | None:
         from lightsft.export.held_out import held_out
@@ -116,6 +137,29 @@ def merge_folder(
     )
 
 
+def merge_several(
+    combination: Combination,
+    out: Path,
+    *,
+    base: str | None = None,
+    dtype: str = "checkpoint",
+    most_rounding: float = MOST_ROUNDING,
+    check: str = "auto",
+    max_shard_size: int | None = None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Merge several adapters into their base, from disk to disk; returns the certificate."""
+    require_free(out)
+    _require_known(BASE, dtype, 0, check, max_shard_size)
+    if check == "load":
+        raise ConfigurationError(
+            "check='load' of several adapters", expected="tiles or none: no single strategy is what was merged"
+        )
+    plan = combined_from_disk(combination, base, dtype=dtype, max_shard_size=max_shard_size)
+    way = "tiles" if check == "auto" else check
+    return _merge_from_disk(plan, out, base, None, most_rounding, way, report, combination.described())
+
+
 def _merge_from_disk(
     plan: DiskMerge,
     out: Path,
@@ -124,6 +168,7 @@ def _merge_from_disk(
     most_rounding: float,
     check: str,
     report: Report | None,
+    combination: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     files = plan.files
     size = sum(file.size for file in files)
@@ -133,13 +178,14 @@ def _merge_from_disk(
         require_little(lost, most_rounding, "nothing was written; merge in full precision: --dtype float32")
         certificate: dict[str, Any] = {
             "onto": BASE,
+            "dtype": plan.dtype or "checkpoint",
             "written": "from disk to disk",
             "rounding": total(lost).as_json(),
             "rounding_by_weight": [row.as_json() for row in lost],
         }
         certificate |= _checked(plan, folder, base, rows, check, size)
         loaded = folder if certificate["check"] == "load" else None
-        certificate |= provenance(plan.adapter, plan.checkpoint.folder, checked=loaded)
+        certificate |= provenance(plan.adapter, plan.checkpoint.folder, checked=loaded) | (combination or {})
         write_json(folder / CERTIFICATE, certificate)
     return certificate
 
@@ -152,17 +198,11 @@ def _checked(
     if way == "none":
         return {"check": way, "passed": None}
     if way == "tiles":
-        found = check_tiles(plan, folder)
-        if not found["passed"]:
-            raise MergeError(
-                "what was written differs from base + adapter:\n  " + "\n  ".join(found["problems"]),
-                expected="W + delta, rounded once",
-                todo="nothing was left there; look at the disk and the memory of this machine, and report it",
-            )
-        return {"check": way, **found}
+        return {"check": way, **require_same_tiles(check_tiles(plan, folder))}
     from lightsft.export.certificate import require_passed
     from lightsft.export.loading_check import check_by_loading
 
+    assert plan.adapter is not None
     found = check_by_loading(folder, plan.adapter, base, rows() if callable(rows) else rows, plan.dtype or "checkpoint")
     require_passed(found, wide=plan.dtype == "float32")
     return {"check": way, **found}

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightsft.adapter_files import PEFT_SETTINGS, read_peft_settings, read_settings, read_tensors
+from lightsft.adapter_files import PEFT_SETTINGS, read_peft_settings, read_tensors
 from lightsft.errors import ArtifactError
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor
 from lightsft.export.streaming import TYPES
@@ -38,8 +38,8 @@ def plain_lora(adapter: Path, checkpoint: Checkpoint) -> dict[str, LowRank] | No
 
     Raises ArtifactError if factors and weights have the same names and do not fit, with all that do not.
     """
-    config, settings = read_peft_settings(adapter), read_settings(adapter)
-    if config is None or not _is_plain(config) or _is_beside_codes(settings):
+    config = read_peft_settings(adapter)
+    if config is None or not _is_plain(config):
         return None
     factors = _by_module(read_tensors(adapter), dora=bool(config.get("use_dora")))
     if factors is None or not all(_is_matrix(checkpoint.tensors.get(f"{name}.weight")) for name in factors):
@@ -69,10 +69,6 @@ def _is_plain(config: Mapping[str, Any]) -> bool:
 
 def _is_matrix(weight: StoredTensor | None) -> bool:
     return weight is not None and len(weight.shape) == 2 and weight.dtype in TYPES
-
-
-def _is_beside_codes(settings: Mapping[str, Any] | None) -> bool:
-    return settings is not None and settings["base"].get("quantization") is not None
 
 
 def _has_entries_of_a_vocabulary(checkpoint: Checkpoint, names: Iterable[str]) -> bool:

@@ -12,17 +12,22 @@ from lightsft.files import sha256
 CERTIFICATE = "certificate.json"
 
 
-def provenance(adapter: Path, base: str | Path, *, checked: Path | None = None) -> dict[str, Any]:
+def provenance(adapter: Path | None, base: str | Path, *, checked: Path | None = None) -> dict[str, Any]:
     """The folders that were merged, the adapter's hash, the versions; with `checked`, hashes of base and result too."""
     found: dict[str, Any] = {
-        "base": str(base),
-        "adapter": str(adapter),
-        "adapter_sha256": sha256(adapter / TENSORS),
+        "base": place_of(base),
         "versions": {name: version(name) for name in ("lightsft", "torch", "transformers", "safetensors")},
     }
+    if adapter is not None:
+        found |= {"adapter": place_of(adapter), "adapter_sha256": sha256(adapter / TENSORS)}
     if checked is not None:
         found |= {"checkpoint_sha256": hashes(checked), "base_sha256": hashes(Path(base))}
     return found
+
+
+def place_of(path_or_id: str | Path) -> str:
+    """A folder by its whole path, so that it is found from anywhere; a hub id as it is."""
+    return str(Path(path_or_id).resolve()) if Path(path_or_id).exists() else str(path_or_id)
 
 
 def hashes(folder: Path) -> dict[str, str]:

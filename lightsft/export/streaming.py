@@ -15,7 +15,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from lightsft.export.checkpoint_files import INDEX_FILE, SINGLE_FILE, Checkpoint, Shard, StoredTensor
 from lightsft.files import write_json
 from lightsft.low_rank import rows_in_tile, tiles
+from lightsft.row_changes import RowChange, as_matrix
 
 TYPES = {
     "F64": torch.float64,
@@ -36,23 +37,6 @@ COPY = 2**26  # bytes that the kernel is asked to copy at once
 THREADS = 4
 MEASURED = 16  # tiles of a matrix, spread over it, on which the rounding is measured; all of one that has fewer
 Report = Callable[[int], object]  # is told how many bytes more are written
-
-
-class Change(Protocol):
-    """What becomes of one tensor, seen as one matrix or several."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(rows, columns) of the matrix, or with the number of matrices before."""
-        ...
-
-    def matrices(self) -> Sequence[Change]:
-        """One for each matrix."""
-        ...
-
-    def change(self, weight: Tensor, rows: slice) -> Tensor:
-        """The new values in fp32 of these rows of one matrix, which are given as stored."""
-        ...
 
 
 class Lost:
@@ -76,7 +60,7 @@ class Written:
     dtype: str
     start: int
     stop: int
-    change: Change | None = None
+    change: RowChange | None = None
     lost: Lost = field(default_factory=Lost)
 
 
@@ -96,7 +80,7 @@ class WrittenFile:
 
 def plan(
     checkpoint: Checkpoint,
-    changes: Mapping[str, Change],
+    changes: Mapping[str, RowChange],
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
@@ -111,7 +95,7 @@ def plan(
     )
 
 
-def _like(shard: Shard, changes: Mapping[str, Change]) -> WrittenFile:
+def _like(shard: Shard, changes: Mapping[str, RowChange]) -> WrittenFile:
     """The same header, the same places."""
     with shard.path.open("rb") as file:
         header = file.read(shard.header)
@@ -147,7 +131,7 @@ def _shard_name(number: int, count: int) -> str:
 
 
 def _new_file(
-    name: str, tensors: Sequence[StoredTensor], changes: Mapping[str, Change], dtype: torch.dtype | None
+    name: str, tensors: Sequence[StoredTensor], changes: Mapping[str, RowChange], dtype: torch.dtype | None
 ) -> WrittenFile:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places, end = [], 0
@@ -319,7 +303,7 @@ def _copy_bytes(source: int, out: int, start: int, stop: int, place: int) -> Non
 def _edits(tensor: Written) -> Iterator[_Edit]:
     """Blocks of whole tiles of each matrix."""
     source = TYPES[tensor.source.dtype]
-    changes: Sequence[Change | None] = [None] if tensor.change is None else tensor.change.matrices()
+    changes: Sequence[RowChange | None] = [None] if tensor.change is None else tensor.change.matrices()
     rows, columns = _shape(tensor)
     step = rows_in_tile(columns)
     block = step * max(1, BLOCK // max(1, step * columns * source.itemsize))
@@ -334,8 +318,7 @@ def _shape(tensor: Written) -> tuple[int, int]:
     if tensor.change is not None:
         rows, columns = tensor.change.shape[-2:]
         return rows, columns
-    rows = tensor.source.shape[0] if tensor.source.shape else 1
-    return rows, math.prod(tensor.source.shape) // max(1, rows)
+    return as_matrix(tensor.source.shape)
 
 
 @dataclass(frozen=True)
@@ -343,7 +326,7 @@ class _Edit:
     """Rows of one matrix of a tensor; those of the tensor itself are counted from `first`."""
 
     tensor: Written
-    change: Change | None
+    change: RowChange | None
     first: int
     rows: slice
     columns: int

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightsft.errors import MergeError
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor, read_checkpoint
 from lightsft.export.from_disk import DiskMerge
 from lightsft.export.streaming import TYPES
-from lightsft.low_rank import LowRank
+from lightsft.row_changes import RowChange
 
 VALUES, PLACES = 2**15, 4  # of each tensor: numbers computed again, in so many places
 BYTES = 2**16  # of each tensor that was copied, in as many places
@@ -56,6 +57,17 @@ def check_tiles(merge: DiskMerge, folder: Path, *, seed: int = 0) -> dict[str, A
     }
 
 
+def require_same_tiles(found: dict[str, Any]) -> dict[str, Any]:
+    """What `check_tiles` found; raise MergeError if something differs."""
+    if not found["passed"]:
+        raise MergeError(
+            "the merged checkpoint differs from base + adapter:\n  " + "\n  ".join(found["problems"]),
+            expected="W + delta, rounded once, and the base's bytes everywhere else",
+            todo="merge again; if it differs again, look at the disk and the memory of this machine",
+        )
+    return found
+
+
 def _layout_problems(merge: DiskMerge, merged: Checkpoint) -> Iterator[str]:
     wanted = {t.source.name: (t.dtype, t.source.shape) for file in merge.files for t in file.tensors}
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in merged.tensors.items()}
@@ -80,7 +92,7 @@ def _copied_problems(source: StoredTensor, stored: StoredTensor, drawn: random.R
 
 
 def _rows_off(
-    source: StoredTensor, stored: StoredTensor, change: LowRank, drawn: random.Random
+    source: StoredTensor, stored: StoredTensor, change: RowChange, drawn: random.Random
 ) -> Iterator[tuple[float, int]]:
     """(largest difference as a share of what one rounding may cost, numbers compared) of some rows."""
     rows, columns = change.shape[-2:]
@@ -92,21 +104,10 @@ def _rows_off(
         place = slice(first, first + count * columns)
         before = _read(source, place).view(-1, columns)
         after = _read(stored, place).view(-1, columns)
-        exact, reach = exactly(matrices[number], before, slice(start, start + count))
+        exact, reach = matrices[number].exact(before, slice(start, start + count))
         rounding = torch.finfo(after.dtype).eps / 2 * exact.abs() + 8 * torch.finfo(torch.float32).eps * reach
         smallest = torch.finfo(after.dtype).tiny
         yield float(((after.double() - exact).abs() / (rounding + smallest)).max()), exact.numel()
-
-
-def exactly(change: LowRank, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """(W', the size of the terms that it is the sum of) of rows of one matrix, in fp64."""
-    b, a = change.b[rows].double(), change.a.double()
-    changed = weight.double() + b @ a
-    reach = weight.double().abs() + b.abs() @ a.abs()
-    if change.magnitude is None:
-        return changed, reach
-    scale = change.magnitude[rows].double()[:, None] / changed.norm(dim=1, keepdim=True)
-    return changed * scale, reach * scale.abs()
 
 
 def _read(tensor: StoredTensor, values: slice) -> Tensor:

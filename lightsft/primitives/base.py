@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lightsft.row_changes import RowChange
 
 
 class Change(NamedTuple):
@@ -67,6 +69,13 @@ class Primitive(ABC):
     def changes(self) -> Iterator[Change]:
         """What `merge` would do, weight by weight and before any rounding; nothing is touched."""
         yield from ()
+
+    def row_changes(self) -> Mapping[str, RowChange] | None:
+        """The same of stored weights, by rows and by the parameter's name: what a merge from disk does.
+
+        None where merging takes the model in memory.
+        """
+        return None
 
     def store_as(self, dtype: torch.dtype) -> None:  # noqa: B027 - most keep nothing
         """Before a merge: the backbone's weights are in this type now, which what was kept of them is to be in too."""
@@ -133,6 +142,9 @@ class Part(nn.Module):
         """Copy saved tensors into the parameters of the same names."""
         for name, parameter in self.named_parameters():
             parameter.copy_(tensors[name])
+
+    def make_again(self) -> None:
+        """Give values to what is neither trained nor saved, in a part that was built without any."""
 
     def learning_rate_ratio(self, name: str) -> float:
         """By how much this parameter's learning rate is multiplied."""

