@@ -1,7 +1,7 @@
 """Merging a LoRA into a checkpoint on the disk: python benchmarks/merge.py 270m 1b 7b
 
-Random Llama checkpoints in bf16 of 0.27, 2.2 and 13.5 GB with a LoRA of rank 8 on every linear layer of the blocks, as a
-PEFT folder. One after the other, --rounds times (the order turns around every round), each in a process of its own:
+Random Llama checkpoints in bf16 of 0.27, 2.2 and 13.5 GB with a LoRA of rank 8 on every linear layer of the blocks,
+as a PEFT folder. One after the other, --rounds times (the order turns around every round), each in its own process:
 
 cp         cp -r of the base's folder
 cp, sync   the same, and everything brought to the disk, as a merge is
@@ -10,8 +10,8 @@ checked    lightsft merge --check tiles
 in memory  lightsft's merge through the model, without a check
 PEFT       AutoModelForCausalLM.from_pretrained, PeftModel.from_pretrained, merge_and_unload, save_pretrained
 
-Medians of the wall time; peak: largest resident memory of a round, less that of Python with torch imported. The base has
-been read before, so that it lies in the page cache as far as it fits.
+Medians of the wall time; peak: largest resident memory of a round, less that of Python with torch imported. The base
+has been read before, so that it lies in the page cache as far as it fits.
 """
 
 from __future__ import annotations
@@ -63,7 +63,12 @@ def main() -> None:
     made.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lightsft-merge")
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--ways", default=",".join(["cp", "cp, sync", *SCRIPTS]).replace("torch alone,", ""))
+    made.add_argument("--make", action="store_true", help="only make the checkpoints")
     options = made.parse_args()
+    if options.make:
+        for size in options.sizes:
+            make(options.folder / size, size)
+        return
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, medians of {options.rounds} rounds")
     print("| checkpoint | way | seconds | of cp | of cp, sync | peak above torch |")
     print("|---|---|---|---|---|---|")
@@ -107,15 +112,20 @@ def run(way: str, places: dict[str, Path], out: Path | None) -> tuple[float, int
 def checkpoint(folder: Path, size: str) -> tuple[Path, Path]:
     """The folders of base and adapter, made once."""
     base, adapter = folder / "base", folder / "adapter"
-    if not (adapter / "adapter_config.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        base.mkdir(parents=True)
-        adapter.mkdir()
-        write_base(base, size)
-        write_adapter(adapter, base, size)
+    if not (adapter / "adapter_config.json").exists():  # elsewhere: a child's peak memory begins with its parent's
+        subprocess.run([sys.executable, __file__, size, "--folder", folder.parent, "--make"], check=True)
     for file in base.iterdir():
-        file.read_bytes() if file.stat().st_size < 2**28 else subprocess.run(["cat", file], stdout=subprocess.DEVNULL)
+        subprocess.run(["cat", file], stdout=subprocess.DEVNULL, check=True)
     return base, adapter
+
+
+def make(folder: Path, size: str) -> None:
+    base, adapter = folder / "base", folder / "adapter"
+    shutil.rmtree(folder, ignore_errors=True)
+    base.mkdir(parents=True)
+    adapter.mkdir()
+    write_base(base, size)
+    write_adapter(adapter, base, size)
 
 
 def linear_layers(size: str) -> dict[str, tuple[int, int]]:
@@ -145,9 +155,10 @@ def weights(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 def write_base(base: Path, size: str) -> None:
     hidden, intermediate, layers, heads, pairs, vocabulary = SIZES[size]
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers,
-        "intermediate_size": intermediate, "num_attention_heads": heads, "num_key_value_heads": pairs,
-        "vocab_size": vocabulary, "tie_word_embeddings": size == "270m", "dtype": "bfloat16",
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "num_hidden_layers": layers, "intermediate_size": intermediate, "num_attention_heads": heads,
+        "num_key_value_heads": pairs, "vocab_size": vocabulary,
+        "tie_word_embeddings": size == "270m", "dtype": "bfloat16",
     }  # fmt: skip
     (base / "config.json").write_text(json.dumps(config))
     files: list[dict[str, tuple[int, ...]]] = [{}]

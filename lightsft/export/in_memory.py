@@ -16,6 +16,7 @@ from lightsft.export.certificate import certify, logits_of, plain_logits, requir
 from lightsft.export.companions import copy_licence
 from lightsft.export.held_out import HeldOut
 from lightsft.export.inputs import inputs_to_compare, score
+from lightsft.export.model_card import write_card
 from lightsft.export.provenance import CERTIFICATE, provenance
 from lightsft.export.rounding import MOST_ROUNDING
 from lightsft.export.storing import CORRECTION, onto_base, onto_codes, onto_original
@@ -92,6 +93,7 @@ def merge_in_memory(
         )
         copy_licence(Path(str(backbone.source)), folder)
         write_json(folder / CERTIFICATE, certificate)
+        write_card(folder, certificate)
     return certificate
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightsft.errors import ConfigurationError
 from lightsft.export.from_disk import DiskMerge, from_disk, require_place
+from lightsft.export.model_card import write_card
 from lightsft.export.provenance import CERTIFICATE, provenance
 from lightsft.export.rounding import MOST_ROUNDING, require_little, total
 from lightsft.export.several import Combination, combined_from_disk
@@ -187,6 +188,7 @@ def _merge_from_disk(
         loaded = folder if certificate["check"] == "load" else None
         certificate |= provenance(plan.adapter, plan.checkpoint.folder, checked=loaded) | (combination or {})
         write_json(folder / CERTIFICATE, certificate)
+        write_card(folder, certificate)
     return certificate
 
 

@@ -185,6 +185,9 @@ def test_the_base_is_only_read_and_all_its_other_files_travel(tmp_path):
     after = contents(tmp_path / "disk")
     changed = {name for name in before if after.get(name) != before[name]}
     assert changed == {"model.safetensors"}
+    card = (tmp_path / "disk" / "README.md").read_text()
+    assert "| trained | lora (rank=4, alpha=16.0" in card
+    assert "from disk, in fp64" in card
 
 
 # ---- what takes the model
