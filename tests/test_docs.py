@@ -80,7 +80,8 @@ def test_no_word_of_a_removed_option_stays_in_the_documents():
     """Every `--option` that the documents use exists on the command line."""
     known = {f"--{name.replace('_', '-')}" for name in RunConfig.model_fields} | {
         "--strategy", "--seed", "--base", "--out", "--set", "--file", "--help", "--no-deps",
-        "--onto", "--most-rounding", "--correction-rank", "--check", "--max-shard-size", "--in-memory", "--weights", "--method", "--density",
+        "--onto", "--most-rounding", "--correction-rank", "--check", "--max-shard-size", "--in-memory",
+        "--weights", "--method", "--density",
         "--to", "--rank", "--energy", "--drop-rest", "--quantize", "--force", "--dequantize",
     }  # fmt: skip
     for document in DOCUMENTS:

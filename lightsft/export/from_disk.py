@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from lightsft.sketch import same_values, sketched
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SPARE = 2**26  # bytes beside the weights
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,20 @@ def base_folder(adapter: Path, base: str | None) -> Path | None:
     """Where the base is: as given, or as the adapter says; None if that is no folder of a checkpoint."""
     settings, peft = read_settings(adapter) or {}, read_peft_settings(adapter) or {}
     source = base or settings.get("base", {}).get("source") or peft.get("base_model_name_or_path")
-    folder = Path(source) if source else None
+    folder = _folder_of(str(source)) if source else None
     return folder if folder is not None and (folder / "config.json").is_file() else None
+
+
+def _folder_of(source: str) -> Path | None:
+    """A folder as it is; of a hub id the snapshot in the cache, brought there first if that can be."""
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    with suppress(LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES))  # of an unreachable hub, what the cache has
+    return None
 
 
 def _fits(base: Mapping[str, Any], folder: Path) -> bool:

@@ -186,8 +186,28 @@ def test_the_base_is_only_read_and_all_its_other_files_travel(tmp_path):
     changed = {name for name in before if after.get(name) != before[name]}
     assert changed == {"model.safetensors"}
     card = (tmp_path / "disk" / "README.md").read_text()
-    assert "| trained | lora (rank=4, alpha=16.0" in card
+    assert "| trained | lora (" in card
+    assert "rank=4" in card
     assert "from disk, in fp64" in card
+
+
+def test_a_base_of_the_hub_is_read_from_the_cache(tmp_path, monkeypatch):
+    """Its files are links to blobs, and it is named by its id."""
+    base = base_in(tmp_path)
+    adapter = adapter_of(base, LoRA(4), tmp_path / "adapter")
+    place = tmp_path / "hub" / "models--some--model"
+    (place / "blobs").mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0123")
+    (place / "snapshots" / "0123").mkdir(parents=True)
+    for file in base.iterdir():
+        shutil.copyfile(file, place / "blobs" / file.name)
+        (place / "snapshots" / "0123" / file.name).symlink_to(place / "blobs" / file.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    merge_folder(adapter, tmp_path / "here", check="none")
+    certificate = merge_folder(adapter, tmp_path / "hub merged", base="some/model", check="tiles")
+    assert certificate["written"] == "from disk to disk"
+    assert_same_bits(stored(tmp_path / "here"), stored(tmp_path / "hub merged"))
 
 
 # ---- what takes the model
