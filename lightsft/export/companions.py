@@ -20,11 +20,13 @@ def copy_companions(base: Path, adapter: Path | None, out: Path, dtype: str | No
 
     With `dtype`, the configuration says that the weights are kept in it. The base's card describes the base, and stays.
     """
-    for file in _files(base):
-        shutil.copyfile(file, out / file.name)
-    for file in _files(adapter) if adapter is not None else ():
-        if file.name.startswith(_TOKENIZER):
-            shutil.copyfile(file, out / file.name)
+    for name in _files(base):
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(base / name, out / name)
+    if adapter is not None:
+        for name in _files(adapter):
+            if str(name).startswith(_TOKENIZER):
+                shutil.copyfile(adapter / name, out / name)
     if dtype is not None and (out / "config.json").is_file():
         config = read_json(out / "config.json")
         config.pop("torch_dtype", None)
@@ -34,14 +36,16 @@ def copy_companions(base: Path, adapter: Path | None, out: Path, dtype: str | No
 def copy_licence(base: Path, out: Path) -> None:
     """The licence and the notices of the base."""
     if base.is_dir():
-        for file in _files(base):
-            if file.name.upper().startswith(_LEGAL):
-                shutil.copyfile(file, out / file.name)
+        for name in _files(base):
+            if str(name).upper().startswith(_LEGAL):
+                shutil.copyfile(base / name, out / name)
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for file in sorted(folder.iterdir()):
-        hidden = file.name.startswith(".")
+    """Relative to the folder: what is no weight, in it and in the folders that lie in it (1_Pooling/config.json)."""
+    for file in sorted((*folder.glob("*"), *folder.glob("*/*"))):
+        name = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
         weights = file.name.endswith((*_WEIGHTS, _INDEX)) or file.name == "training_args.bin"
-        if file.is_file() and not hidden and not weights and file.name != _CARD:
-            yield file
+        if file.is_file() and not hidden and not weights and str(name) != _CARD:
+            yield name

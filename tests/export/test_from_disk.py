@@ -171,9 +171,13 @@ def test_the_base_is_only_read_and_all_its_other_files_travel(tmp_path):
     base = base_in(tmp_path)
     (base / "LICENSE").write_text("as is")
     (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text("{}")
+    (base / "original").mkdir()
+    (base / "original" / "consolidated.00.pth").write_bytes(b"the base's weights in another form")
     adapter = adapter_of(base, LoRA(4), tmp_path / "adapter")
     before, times = contents(base), {file: file.stat().st_mtime_ns for file in base.iterdir()}
-    for file in base.iterdir():
+    for file in base.glob("*.*"):
         file.chmod(0o444)
     base.chmod(0o555)
     try:
@@ -184,7 +188,8 @@ def test_the_base_is_only_read_and_all_its_other_files_travel(tmp_path):
     assert {file: file.stat().st_mtime_ns for file in base.iterdir()} == times
     after = contents(tmp_path / "disk")
     changed = {name for name in before if after.get(name) != before[name]}
-    assert changed == {"model.safetensors"}
+    assert changed == {"model.safetensors", "original/consolidated.00.pth"}
+    assert not (tmp_path / "disk" / "original").exists()
     card = (tmp_path / "disk" / "README.md").read_text()
     assert "| trained | lora (" in card
     assert "rank=4" in card
