@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightsft.errors import ArtifactError
+from lightsft.finite import is_finite
 
 TENSORS, SETTINGS, PEFT_SETTINGS = "adapter_model.safetensors", "lightsft.json", "adapter_config.json"
 KEY_PREFIX = "base_model.model."
@@ -71,9 +71,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             expected="a complete safetensors file",
             todo="copy or train it again",
         ) from error
-    broken = [
-        name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
+    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
         raise ArtifactError(
             f"{path} holds NaN or infinite values in {', '.join(broken[:5])}",

@@ -1,10 +1,12 @@
 """Low-rank changes of a weight, made some rows at a time: what is written of them is the same in memory and from disk.
 
-    W' = W + B A                            LoRA (2106.09685) with s B for B, PiSSA, VeRA; a pair for each expert
+    W' = W + B A                            LoRA (2106.09685) with s B for B, PiSSA; a pair for each expert
+    W' = W + L_b B L_d A                    VeRA (2310.11454), whose B and A are those of many weights
     W' = m V / ||V||,  V = W + B A          DoRA (2402.09353), the norm of each row
 
-W (rows, columns) or (experts, rows, columns), B (rows, rank), A (rank, columns), m (rows). Arithmetic is in fp32 with
-one rounding to the type of W. Tiles have the same size wherever they are computed, so the results are the same bits.
+W (rows, columns) or (experts, rows, columns), B (rows, rank), A (rank, columns), m and b (rows), d (rank). Arithmetic
+is in fp32 with one rounding to the type of W. Tiles have the same size wherever they are computed, so the results are
+the same bits.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ class LowRank:
     b: Tensor
     a: Tensor
     magnitude: Tensor | None = None
+    row_factors: Tensor | None = None  # b
+    rank_factors: Tensor | None = None  # d
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,19 +40,32 @@ class LowRank:
         if self.b.ndim == 2:
             return (self,)
         magnitudes = self.magnitude if self.magnitude is not None else [None] * len(self.b)
+        assert self.row_factors is None
+        assert self.rank_factors is None
         return [LowRank(b, a, m) for b, a, m in zip(self.b, self.a, magnitudes, strict=True)]
 
     def change(self, weight: Tensor, rows: slice) -> Tensor:
         """W' in fp32 of `weight`, these rows of one matrix in any type."""
-        changed: Tensor = torch.mm(self.b[rows], self.a).add_(weight)
+        changed = self.product(rows).add_(weight)
         if self.magnitude is None:
             return changed
         lengths: Tensor = torch.linalg.norm(changed, dim=1)
         return changed.mul_((self.magnitude[rows] / lengths)[:, None])
 
+    def product(self, rows: slice) -> Tensor:
+        """B A of these rows in fp32."""
+        return torch.mm(self._left(rows, torch.float32), self.a)
+
+    def _left(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """B of these rows, or L_b B L_d."""
+        left = self.b[rows].to(dtype)
+        if self.row_factors is not None:
+            left = left * self.row_factors[rows, None].to(dtype)
+        return left if self.rank_factors is None else left * self.rank_factors.to(dtype)
+
     def exact(self, weight: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The same in fp64, and the size of the terms that it is the sum of."""
-        b, a, before = self.b[rows].double(), self.a.double(), weight.double()
+        b, a, before = self._left(rows, torch.float64), self.a.double(), weight.double()
         changed, reach = before + b @ a, before.abs() + b.abs() @ a.abs()
         if self.magnitude is None:
             return changed, reach

@@ -157,9 +157,12 @@ class VeRASide(Side):
         return output + update.to(output.dtype)
 
     def low_rank(self, served: nn.Module) -> LowRank | None:
-        """W + (L_b B) (L_d A), or its transpose."""
-        left, right = self.shared.factors(self.vera_lambda_d.detach(), self.vera_lambda_b.detach(), self.inputs)
-        return LowRank(right.T, left.T) if isinstance(served, Conv1D) else LowRank(left, right)
+        """W + L_b B L_d A, as W is stored."""
+        d, b = self.vera_lambda_d.detach(), self.vera_lambda_b.detach()
+        rows, columns = self.shared.B[: len(b)].detach(), self.shared.A[:, : self.inputs].detach()
+        if isinstance(served, Conv1D):
+            return LowRank(columns.T, (b[:, None] * rows).T, rank_factors=d)
+        return LowRank(rows, columns, row_factors=b, rank_factors=d)
 
     def delta(self, served: nn.Module) -> Tensor:
         """L_b B L_d A, in the layout of the served weight."""

@@ -179,7 +179,7 @@ class _Whole:
 
     def values(self, weight: Tensor, rows: slice) -> Tensor:
         if self.factors.magnitude is None:
-            return torch.mm(self.factors.b[rows], self.factors.a)
+            return self.factors.product(rows)
         return self.factors.change(weight, rows).sub_(weight)
 
     def exact(self, weight: Tensor, rows: slice) -> _Exact:
@@ -211,7 +211,7 @@ class _Largest(_Whole):
 
     def _tiles(self) -> Iterator[Tensor]:
         """D, a tile at a time: those of `change`, so that the bits are the same."""
-        return (torch.mm(self.factors.b[rows], self.factors.a) for rows in tiles(*self.factors.shape))
+        return (self.factors.product(rows) for rows in tiles(*self.factors.shape))
 
     def values(self, weight: Tensor, rows: slice) -> Tensor:
         values = super().values(weight, rows)

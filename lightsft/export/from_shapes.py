@@ -30,6 +30,7 @@ from lightsft import artifact
 from lightsft.adapter_files import read_peft_settings, read_settings, read_tensors
 from lightsft.backbone import Backbone, auto_class
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor
+from lightsft.finite import is_finite
 from lightsft.injection import Injection
 from lightsft.low_rank import LowRank
 from lightsft.meta import weightless
@@ -128,7 +129,7 @@ def _nothing(tensor: Tensor) -> Tensor:
 
 def _has_values(change: RowChange) -> bool:
     tensors = (value for value in vars(change).values() if isinstance(value, Tensor))
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(map(is_finite, tensors))
 
 
 def _changes(injection: Injection) -> dict[str, RowChange] | None:

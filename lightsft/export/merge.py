@@ -14,6 +14,7 @@ from lightsft.export.rounding import MOST_ROUNDING, require_little, total
 from lightsft.export.several import Combination, combined_from_disk
 from lightsft.export.tile_check import check_tiles, require_same_tiles
 from lightsft.files import new_folder, require_free, write_json
+from lightsft.loading_memory import given_back
 from lightsft.schemes import BASE, ORIGINAL, SCHEMES
 
 if TYPE_CHECKING:
@@ -120,9 +121,11 @@ def merge_folder(
     """Merge, check on `rows` (on random tokens without), write; returns the certificate."""
     require_free(out)
     _require_known(onto, dtype, correction_rank, check, max_shard_size)
-    plan = from_disk(adapter, base, dtype=dtype, max_shard_size=max_shard_size) if streaming and onto == BASE else None
-    if plan is not None:
-        return _merge_from_disk(plan, out, base, rows, most_rounding, check, report)
+    if streaming and onto == BASE:
+        with given_back(str(adapter)):  # its file is mapped: whole deltas are as large as the base
+            plan = from_disk(adapter, base, dtype=dtype, max_shard_size=max_shard_size)
+            if plan is not None:
+                return _merge_from_disk(plan, out, base, rows, most_rounding, check, report)
     from lightsft.export.in_memory import merge_in_memory
 
     return merge_in_memory(
