@@ -15,13 +15,14 @@ def command(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Adapter folder, of lightsft or PEFT; or a checkpoint folder that was tuned whole.", show_default=False
+            help="Adapter folder of lightsft, PEFT or AdapterHub; or a checkpoint folder tuned whole.",
+            show_default=False,
         ),
     ],
     to: Annotated[
         str,
         typer.Option(
-            help="lora (a LoRA of what was trained, which PEFT opens), lightsft (of a PEFT folder), peft (of one of "
+            help="lora (a LoRA of what was trained, which PEFT opens), lightsft (of another folder), peft (of one of "
             "lightsft).",
             show_default=False,
         ),

@@ -21,6 +21,8 @@ import torch
 from lightsft import artifact
 from lightsft.adapter_files import PEFT_SETTINGS, is_adapter, read_settings
 from lightsft.errors import ArtifactError, ConfigurationError, MergeError
+from lightsft.export import adapterhub
+from lightsft.export.adapterhub_folder import is_adapterhub
 from lightsft.export.as_lora import AsLoRA
 from lightsft.export.low_rank_fit import rounding_noise
 from lightsft.export.tuned_checkpoint import open_tuned, require_folder
@@ -61,9 +63,9 @@ def convert(
     source, out, named = Path(source), Path(out), None if base is None else str(base)
     _require_known(to, rank, energy)
     require_free(out)
-    if is_adapter(source):
+    if is_adapter(source) or is_adapterhub(source):
         with quiet():
-            injection = artifact.load(source, artifact.load_base(source, named, dtype="checkpoint", device="cpu"))
+            injection = _opened(source, named)
             if to != "lora":
                 return _write_as_it_is(source, injection, to, out)
             backbone, converted = injection.backbone, _of_adapter(source, injection, rank, energy, drop_rest)
@@ -79,6 +81,13 @@ def convert(
         raise _not_convertible(source, to)
     report = {"to": to, "source": str(source), "base": backbone.source, **converted.as_json()}
     return _write(source, made, out, report, to)
+
+
+def _opened(source: Path, base: str | None) -> Injection:
+    """What an adapter folder holds, on its base."""
+    if is_adapterhub(source):
+        return adapterhub.load(source, base)
+    return artifact.load(source, artifact.load_base(source, base, dtype="checkpoint", device="cpu"))
 
 
 def _require_known(to: str, rank: int, energy: float | None) -> None:
@@ -99,7 +108,7 @@ def _not_convertible(source: Path, to: str) -> ArtifactError:
         )
     return ArtifactError(
         f"{source} holds neither an adapter nor a checkpoint",
-        expected="an adapter folder of lightsft or PEFT, or a checkpoint folder with config.json and safetensors",
+        expected="an adapter folder of lightsft, PEFT or AdapterHub, or a checkpoint folder with safetensors",
         todo="check the path",
     )
 
