@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 from lightsft import artifact
 from lightsft.adapter_files import read_peft_settings, read_settings, read_tensors
 from lightsft.backbone import Backbone, auto_class
+from lightsft.errors import LightsftError
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor
 from lightsft.finite import is_finite
 from lightsft.injection import Injection
@@ -67,7 +68,10 @@ def changes_by_shapes(adapter: Path, checkpoint: Checkpoint) -> dict[str, RowCha
 
 
 def _placed(adapter: Path, folder: Path) -> Injection | None:
-    """The strategy with its saved tensors on a model without values; None if it does not go on one."""
+    """The strategy with its saved tensors on a model without values; None if it does not go on one.
+
+    Whatever is wrong with the folder is found again, and said, where it is placed on the model in memory.
+    """
     tensors = read_tensors(adapter)
     wanted = artifact.what_to_load(adapter, read_settings(adapter) or {}, read_peft_settings(adapter) or {})
     labels = wanted.get("labels")
@@ -84,7 +88,7 @@ def _placed(adapter: Path, folder: Path) -> Injection | None:
             buffers = _buffers(injection)
         _give_memory(injection, buffers)
         injection.load_tensors(tensors, origin=str(adapter))
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:  # of code that needs values
+    except (LightsftError, RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         logger.info("%s needs the weights to be placed (%s): it is merged in memory", adapter, error)
         return None
     return injection
@@ -123,8 +127,10 @@ def _give_memory(injection: Injection, buffers: Mapping[int, Tensor]) -> None:
 
 
 def _nothing(tensor: Tensor) -> Tensor:
-    """Values that cannot be mistaken for some."""
-    return torch.full(tensor.shape, math.nan if tensor.is_floating_point() else 0, dtype=tensor.dtype)
+    """Values that cannot be mistaken for some; what is trained is in fp32."""
+    if tensor.is_floating_point():
+        return torch.full(tensor.shape, math.nan)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
 def _has_values(change: RowChange) -> bool:
