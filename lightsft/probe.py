@@ -261,10 +261,14 @@ def _check_gradients(injection: Injection, called: frozenset[str]) -> None:
 
 @contextmanager
 def _nudged(injection: Injection) -> Iterator[None]:
-    """Every trainable tensor moved by noise of a tenth of its own scale (0.02 at least), then put back."""
-    before = {name: parameter.detach().clone() for name, parameter in injection.named_parameters().items()}
+    """Every trainable tensor moved by noise of a tenth of its own scale (0.02 at least), then put back.
+
+    Those too that are found never to run meanwhile, and are not trainable afterwards.
+    """
+    trainable = injection.named_parameters()
+    before = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     with torch.no_grad():
-        for name, parameter in injection.named_parameters().items():
+        for name, parameter in trainable.items():
             noise = torch.randn(parameter.shape, generator=generator(0, name)).to(parameter)
             scale = max(0.02, 0.1 * float(parameter.float().std()) if parameter.numel() > 1 else 0.0)
             parameter.add_(noise, alpha=scale)
@@ -272,7 +276,7 @@ def _nudged(injection: Injection) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for name, parameter in injection.named_parameters().items():
+            for name, parameter in trainable.items():
                 parameter.copy_(before[name])
         injection.model.zero_grad(set_to_none=True)
 

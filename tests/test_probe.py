@@ -186,6 +186,16 @@ def test_an_unused_tower_is_left_out_of_full_tuning_by_name():
     assert not injection.model.bert.tower[0].weight.requires_grad
 
 
+def test_what_is_left_out_keeps_its_values():
+    """The probe moves what is trainable; what it then finds to be idle has to be put back with the rest."""
+    model = tiny("bert")
+    model.bert.encoder.extra = nn.Linear(8, 8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    injection = Full().inject(Backbone(model))
+    assert not any("extra" in name for name in injection.named_parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_an_unused_tower_is_left_out_of_lora_and_of_the_file(tmp_path):
     model = with_an_unused_tower()
     injection = LoRA(targets=[r".*tower\.\d", "query"]).inject(Backbone(model))
