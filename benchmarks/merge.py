@@ -46,10 +46,10 @@ SCRIPTS = {
     "checked": "from lightsft.cli.app import main; import sys\n"
     "sys.argv = ['lightsft', 'merge', '{adapter}', '--out', '{out}', '--check', 'tiles']\n"
     "main()\n",
-    "in memory": "from pathlib import Path\n"
-    "from lightsft import artifact\n"
-    "backbone = artifact.load_base(Path('{adapter}'), '{base}', dtype='checkpoint', device='cpu')\n"
-    "artifact.load(Path('{adapter}'), backbone).merge().save_pretrained('{out}')\n",
+    "in memory": "import transformers\n"
+    "from lightsft import Backbone, artifact\n"
+    "model = transformers.AutoModelForCausalLM.from_pretrained('{base}', dtype='auto')\n"
+    "artifact.load('{adapter}', Backbone(model)).merge().save_pretrained('{out}')\n",
     "PEFT": "import peft, transformers\n"
     "model = transformers.AutoModelForCausalLM.from_pretrained('{base}', dtype='auto')\n"
     "peft.PeftModel.from_pretrained(model, '{adapter}').merge_and_unload().save_pretrained('{out}')\n",
