@@ -53,8 +53,8 @@ class LowRank:
         return changed.mul_((self.magnitude[rows] / lengths)[:, None])
 
     def product(self, rows: slice) -> Tensor:
-        """B A of these rows in fp32."""
-        return torch.mm(self._left(rows, torch.float32), self.a)
+        """B A of these rows, in the type of the factors (fp32)."""
+        return torch.mm(self._left(rows, self.a.dtype), self.a)
 
     def _left(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """B of these rows, or L_b B L_d."""
