@@ -88,7 +88,7 @@ def _placed(adapter: Path, folder: Path) -> Injection | None:
             buffers = _buffers(injection)
         _give_memory(injection, buffers)
         injection.load_tensors(tensors, origin=str(adapter))
-    except (LightsftError, RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+    except (LightsftError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         logger.info("%s needs the weights to be placed (%s): it is merged in memory", adapter, error)
         return None
     return injection

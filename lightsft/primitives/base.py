@@ -186,6 +186,15 @@ class PlacedPart(Primitive):
         return self.part.learning_rate_ratio(name.removeprefix(f"{self.name}."))
 
 
+@torch.no_grad()
+def copy_values(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy values into the tensors of the same names; returned are those for tensors that can hold none."""
+    for name, tensor in into.items():
+        if not tensor.is_meta:
+            tensor.copy_(values[name])
+    return {name: values[name] for name, tensor in into.items() if tensor.is_meta}
+
+
 def free_name(module: nn.Module, wanted: str) -> str:
     """A name that no child of `module` has: `wanted`, or `wanted` with a number."""
     name, number = wanted, 1

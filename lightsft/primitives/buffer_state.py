@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightsft.primitives.base import Arrangement
+from lightsft.primitives.base import Arrangement, copy_values
 from lightsft.row_changes import RowChange, Values
 
 
@@ -29,15 +29,11 @@ class BufferState(Arrangement):
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Copy saved values into the buffers."""
-        for name, tensor in self.tensors().items():
-            if tensor.is_meta:
-                self._given[name] = tensors[name]
-            else:
-                tensor.copy_(tensors[name])
+        self._given = copy_values(self.tensors(), tensors)
 
     def row_changes(self) -> Mapping[str, RowChange]:
         """Their values."""
-        return {name: Values(self._given.get(name, tensor)) for name, tensor in self.tensors().items()}
+        return {name: Values(tensor) for name, tensor in (self.tensors() | self._given).items()}
 
     @torch.no_grad()
     def enable(self, enabled: bool) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightsft.plain_layers import make_plain, make_quantized
-from lightsft.primitives.base import Change, Primitive, drop_hook, drop_pre_hook
+from lightsft.primitives.base import Change, Primitive, copy_values, drop_hook, drop_pre_hook
 from lightsft.quantization import dequantized, is_plain, is_quantized, quantized_layers
 from lightsft.row_changes import RowChange, Values
 
@@ -102,15 +102,11 @@ class Unfreezing(Primitive):
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Copy saved values into the parameters."""
-        for name, tensor in self.tensors().items():
-            if tensor.is_meta:
-                self._given[name] = tensors[name]
-            else:
-                tensor.copy_(tensors[name])
+        self._given = copy_values(self.tensors(), tensors)
 
     def row_changes(self) -> Mapping[str, RowChange]:
         """The masters."""
-        return {name: Values(self._given.get(name, tensor)) for name, tensor in self.tensors().items()}
+        return {name: Values(tensor) for name, tensor in (self.tensors() | self._given).items()}
 
     def enable(self, enabled: bool) -> None:
         """Swap the originals in, or the trained values back; a second call with the same value does nothing."""
