@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightsft.errors import ConfigurationError
+from lightsft.adapter_files import TENSORS, is_adapter
+from lightsft.errors import ArtifactError, ConfigurationError
 from lightsft.export.from_disk import DiskMerge, from_disk, require_place
 from lightsft.export.model_card import write_card
 from lightsft.export.provenance import CERTIFICATE, provenance
@@ -121,6 +122,12 @@ def merge_folder(
     """Merge, check on `rows` (on random tokens without), write; returns the certificate."""
     require_free(out)
     _require_known(onto, dtype, correction_rank, check, max_shard_size)
+    if not is_adapter(adapter):
+        raise ArtifactError(
+            f"{adapter} holds no {TENSORS}",
+            expected="an adapter folder written by lightsft or PEFT",
+            todo="check the path",
+        )
     if streaming and onto == BASE:
         with given_back(str(adapter)):  # its file is mapped: whole deltas are as large as the base
             plan = from_disk(adapter, base, dtype=dtype, max_shard_size=max_shard_size)
