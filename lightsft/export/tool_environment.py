@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lightsft.errors import ConfigurationError
@@ -61,12 +61,14 @@ def in_environment(folder: Path) -> dict[str, str]:
 
 
 def _make(place: Path, packages: Sequence[Package]) -> None:
-    if find_spec("pip") is None:
+    try:
+        version("pip")
+    except PackageNotFoundError:
         raise ConfigurationError(
             f"{place} is not there, and this Python has no pip to make it",
             expected=", ".join(package.requirement for package in packages),
             todo=f"python -m ensurepip, or uv pip install {_by_hand(place, packages)}",
-        )
+        ) from None
     with disk_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))

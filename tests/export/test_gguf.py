@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import gguf
@@ -321,8 +322,12 @@ def test_a_package_with_another_hash_is_refused(index):
     assert not list(cache_folder().iterdir())
 
 
+def version_without_pip(name):
+    raise PackageNotFoundError(name)
+
+
 def test_a_python_without_pip_is_told_what_to_run(index, monkeypatch):
-    monkeypatch.setattr("lightsft.export.tool_environment.find_spec", lambda name: None)
+    monkeypatch.setattr("lightsft.export.tool_environment.version", version_without_pip)
     with pytest.raises(ConfigurationError, match=r"uv pip install --no-deps --target .*tool-1\.0.* tiny_tool==1\.0"):
         tool_environment("tool", [Package("tiny_tool", "1.0")])
 
