@@ -109,10 +109,8 @@ class Backbone:
             weights = "auto" if weight_dtype == "checkpoint" else choose_dtype(weight_dtype, place)
         folder, gguf = locate(path_or_id)
         options: dict[str, Any] = {"dtype": weights, **_gguf_options(gguf)}
+        options |= label_options(labels)
         if labels is not None:
-            options["num_labels"] = len(labels)
-            options["id2label"] = dict(enumerate(labels))
-            options["label2id"] = {label: index for index, label in enumerate(labels)}
             options["ignore_mismatched_sizes"] = True
         how = Quantization(quantization, double_quantization) if quantization is not None else None
         maker = kind or auto_class(task)
@@ -355,6 +353,14 @@ def _gguf_options(gguf: str | None) -> dict[str, Any]:
     if config is not None:
         options["quantization_config"] = config(dequantize=True)
     return options
+
+
+def label_options(labels: Sequence[str] | None) -> dict[str, Any]:
+    """What a configuration is to say of a head's classes."""
+    if labels is None:
+        return {}
+    ids = {label: index for index, label in enumerate(labels)}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids}
 
 
 def auto_class(task: str | None) -> Any:

@@ -92,7 +92,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Rows:
-    """W'[id_k] = R_k for each of some rows (k), W'[id] = W[id] for every other."""
+    """W'[id_k] = R_k for each of some rows (k), W'[id] = W[id] for every other; with more rows than W, all of those."""
 
     shape: tuple[int, int]
     ids: Tensor

@@ -86,7 +86,9 @@ def certify(
     reload_difference = float(moved.mean() if in_codes else moved.max())
     precision = CODES_RELOAD if in_codes else HALF_PRECISION_RELOAD if half_precision else FULL_PRECISION_LIMIT
     reload_limit = largest * precision
-    difference, effect = (after - before).abs(), (before - plain).abs()
+    difference = (after - before).abs()
+    shared = min(before.shape[-1], plain.shape[-1])  # the base has no logits of new tokens
+    effect = (before[..., :shared] - plain[..., :shared]).abs()
     if half_precision:
         measured, limit = float(difference.mean()), HALF_PRECISION_LIMIT * float(effect.mean())
     else:

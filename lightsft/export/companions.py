@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from lightsft.adapter_files import read_settings
 from lightsft.files import read_json, write_json
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz")
@@ -15,10 +18,10 @@ _TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", 
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 
 
-def copy_companions(base: Path, adapter: Path | None, out: Path, dtype: str | None = None) -> None:
+def copy_companions(base: Path, adapter: Path | None, out: Path, settings: Mapping[str, Any] | None = None) -> None:
     """Configuration, tokenizer, templates, licence: the base's, and over them the adapter's own tokenizer.
 
-    With `dtype`, the configuration says that the weights are kept in it. The base's card describes the base, and stays.
+    `settings` are what config.json says otherwise than the base's. The base's card describes the base, and stays.
     """
     for name in _files(base):
         (out / name).parent.mkdir(exist_ok=True)
@@ -27,10 +30,37 @@ def copy_companions(base: Path, adapter: Path | None, out: Path, dtype: str | No
         for name in _files(adapter):
             if str(name).startswith(_TOKENIZER):
                 shutil.copyfile(adapter / name, out / name)
-    if dtype is not None and (out / "config.json").is_file():
+        _keep_length(adapter, out / "tokenizer_config.json")
+    if settings and (out / "config.json").is_file():
         config = read_json(out / "config.json")
-        config.pop("torch_dtype", None)
-        write_json(out / "config.json", config | {"dtype": dtype})
+        if "dtype" in settings:
+            config.pop("torch_dtype", None)
+        write_json(out / "config.json", updated(config, settings))
+
+
+def _keep_length(adapter: Path, tokenizer: Path) -> None:
+    """A classifier's checkpoint cuts texts where its training did: the length travels with the tokenizer."""
+    task = (read_settings(adapter) or {}).get("task") or {}
+    if task.get("max_length") and task.get("labels") and tokenizer.is_file():
+        config = read_json(tokenizer)
+        length = min(config.get("model_max_length") or math.inf, task["max_length"])
+        write_json(tokenizer, config | {"model_max_length": length})
+
+
+def updated(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with other values; those of a part's own configuration are put into that."""
+    within = {k: updated(config[k], v) for k, v in settings.items() if _is_part(k, config.get(k), v)}
+    return {**config, **settings, **within}
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """What `updated` takes to make one of the other."""
+    changed = {k: v for k, v in after.items() if k not in before or before[k] != v}
+    return {k: differences(before[k], v) if _is_part(k, before.get(k), v) else v for k, v in changed.items()}
+
+
+def _is_part(key: str, before: Any, after: Any) -> bool:
+    return key.endswith("_config") and isinstance(before, Mapping) and isinstance(after, Mapping)
 
 
 def copy_licence(base: Path, out: Path) -> None:

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from lightsft.adapter_files import read_peft_settings, read_settings
 from lightsft.errors import ArtifactError, OutputError
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor, read_checkpoint
 from lightsft.export.companions import copy_companions
+from lightsft.export.layout import TYPES, Entry, WrittenFile, entries, plan
 from lightsft.export.plain_lora import plain_lora
 from lightsft.export.rounding import Rounding
-from lightsft.export.streaming import TYPES, Report, WrittenFile, plan, write
+from lightsft.export.streaming import Report, write
 from lightsft.files import read_json
-from lightsft.row_changes import RowChange
 from lightsft.sketch import same_values, sketched
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,11 +32,15 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*
 
 @dataclass(frozen=True)
 class DiskMerge:
-    """The base's files, what becomes of which tensor, and the adapter folder that says so (None: several)."""
+    """The base's files, what becomes of which tensor, and the adapter folder that says so (None: several).
+
+    `settings`: what config.json says otherwise than the base's.
+    """
 
     adapter: Path | None
     checkpoint: Checkpoint
-    changes: Mapping[str, RowChange]
+    entries: Mapping[str, Entry]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     max_shard_size: int | None = None
 
@@ -44,14 +48,15 @@ class DiskMerge:
     def files(self) -> tuple[WrittenFile, ...]:
         """What is to be written."""
         dtype = None if self.dtype is None else DTYPES[self.dtype]
-        return plan(self.checkpoint, self.changes, dtype=dtype, max_shard_size=self.max_shard_size)
+        return plan(self.checkpoint, self.entries, dtype=dtype, max_shard_size=self.max_shard_size)
 
     def write(self, files: tuple[WrittenFile, ...], folder: Path, report: Report | None = None) -> list[Rounding]:
         """Write weights and companions; what rounding loses of each change."""
-        copy_companions(self.checkpoint.folder, self.adapter, folder, self.dtype)
+        own = {} if self.dtype is None else {"dtype": self.dtype}
+        copy_companions(self.checkpoint.folder, self.adapter, folder, {**self.settings, **own})
         write(self.checkpoint, files, folder, report)
-        written = (tensor for file in files for tensor in file.tensors if tensor.change is not None)
-        return [Rounding(t.source.name, *t.lost.norms(math.prod(t.source.shape))) for t in written]
+        written = (tensor for file in files for tensor in file.tensors if tensor.entry.change is not None)
+        return [Rounding(t.entry.name, *t.lost.norms(math.prod(t.entry.shape))) for t in written]
 
 
 def from_disk(
@@ -65,19 +70,22 @@ def from_disk(
     if folder is None or dtype not in ("checkpoint", *DTYPES) or not any(folder.glob("*.safetensors")):
         return None
     checkpoint = read_checkpoint(folder)
-    settings = read_settings(adapter)
-    if settings is not None and not _fits(settings["base"], folder):
+    trained_on = (read_settings(adapter) or {}).get("base", {})
+    if trained_on.get("quantization") is not None:
         return None
-    changes: Mapping[str, RowChange] | None = plain_lora(adapter, checkpoint)
-    if changes is None:
-        from lightsft.export.from_shapes import changes_by_shapes
+    changes = plain_lora(adapter, checkpoint) if _is_same_class(trained_on, folder) else None
+    found: tuple[dict[str, Entry], dict[str, Any]] | None
+    if changes is not None:
+        found = entries(checkpoint, changes), {}
+    else:
+        from lightsft.export.from_shapes import made_by_shapes
 
-        changes = changes_by_shapes(adapter, checkpoint)
-    if changes is None:
+        found = made_by_shapes(adapter, checkpoint)
+    if found is None:
         return None
-    if settings is not None:
-        _check_sketch(adapter, settings["base"]["sketch"], checkpoint)
-    return DiskMerge(adapter, checkpoint, changes, None if dtype == "checkpoint" else dtype, max_shard_size)
+    made, settings = found
+    _check_sketch(adapter, trained_on.get("sketch", {}), made, folder)
+    return DiskMerge(adapter, checkpoint, made, settings, None if dtype == "checkpoint" else dtype, max_shard_size)
 
 
 def base_folder(adapter: Path, base: str | None) -> Path | None:
@@ -100,24 +108,26 @@ def _folder_of(source: str) -> Path | None:
     return None
 
 
-def _fits(base: Mapping[str, Any], folder: Path) -> bool:
-    """Whether the strategy was trained beside plain weights of a model of the class that wrote the checkpoint."""
+def _is_same_class(trained_on: Mapping[str, Any], folder: Path) -> bool:
+    """Whether it was trained beside a model of the class that wrote the checkpoint; PEFT's folders do not say."""
     architectures = read_json(folder / "config.json").get("architectures") or []
-    return base.get("quantization") is None and base.get("class") in architectures
+    return not trained_on or trained_on.get("class") in architectures
 
 
-def _check_sketch(adapter: Path, sketch: Mapping[str, Sequence[float]], checkpoint: Checkpoint) -> None:
+def _check_sketch(
+    adapter: Path, sketch: Mapping[str, Sequence[float]], made: Mapping[str, Entry], folder: Path
+) -> None:
     """Refuse a base that holds other values than the one that the adapter was trained on."""
-    stored = {name: checkpoint.tensors[name] for name in sketch if name in checkpoint.tensors}
+    stored = {name: made[name].source for name in sketch if name in made}
     different = [
         f"{name} holds other values"
         for name, tensor in stored.items()
-        if tensor.dtype in TYPES and not same_values(_values(tensor), torch.tensor(sketch[name]))
+        if tensor is not None and tensor.dtype in TYPES and not same_values(_values(tensor), torch.tensor(sketch[name]))
     ]
     if different:
         shown = "\n  ".join(different[:6]) + (f"\n  and {len(different) - 6} more" if len(different) > 6 else "")
         raise ArtifactError(
-            f"{adapter} was trained on another model than the one in {checkpoint.folder}:\n  {shown}",
+            f"{adapter} was trained on another model than the one in {folder}:\n  {shown}",
             expected="the base that it was trained on",
             todo="name that with --base",
         )

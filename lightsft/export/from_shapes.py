@@ -15,83 +15,106 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers import AutoConfig
 
 from lightsft import artifact
 from lightsft.adapter_files import read_peft_settings, read_settings, read_tensors
-from lightsft.backbone import Backbone, auto_class
+from lightsft.backbone import Backbone, auto_class, label_options
 from lightsft.errors import LightsftError
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor
+from lightsft.export.companions import differences
+from lightsft.export.layout import Entry
+from lightsft.export.stored_names import Places, find_places
 from lightsft.finite import is_finite
 from lightsft.injection import Injection
 from lightsft.low_rank import LowRank
 from lightsft.meta import weightless
 from lightsft.primitives import Part, PlacedPart
 from lightsft.quiet import quiet
-from lightsft.row_changes import RowChange, as_matrix
+from lightsft.row_changes import RowChange, Rows, Values, as_matrix
 
 logger = logging.getLogger(__name__)
 
 
-def changes_by_shapes(adapter: Path, checkpoint: Checkpoint) -> dict[str, RowChange] | None:
-    """Its change of each stored tensor, by name; None where the model in memory is needed.
+def made_by_shapes(adapter: Path, checkpoint: Checkpoint) -> tuple[dict[str, Entry], dict[str, Any]] | None:
+    """The new checkpoint's tensors, and what its config.json says otherwise; None where the model in memory is needed.
 
-    That is where files and model do not hold the same tensors (a new head), a table grows, a weight is untied, or a
-    change is not one by rows.
+    That is where a change is not one by rows, or a tensor is stored in a way that is not understood.
     """
-    injection = _placed(adapter, checkpoint.folder)
-    if injection is None or not injection.mergeable:
+    before = AutoConfig.from_pretrained(checkpoint.folder).to_dict()
+    found = _placed(adapter, checkpoint, before["architectures"] or [])
+    if found is None or not found[0].mergeable:
         return None
+    injection, places = found
     changes = _changes(injection)
-    stored = _stored(injection.model, checkpoint)
-    if changes is None or stored is None:
+    made = None if changes is None else _made(changes, _copies(injection), places, checkpoint)
+    if made is None:
         return None
-    found: dict[str, RowChange] = {}
+    after = injection.model.config.to_dict() | {"architectures": [type(injection.model).__name__]}
+    return made, differences(before, after)
+
+
+def _made(
+    changes: Mapping[str, RowChange], copies: Mapping[str, str], places: Places, checkpoint: Checkpoint
+) -> dict[str, Entry] | None:
+    """Every tensor, changed or not, under the name that the model's class stores it by."""
+    by_stored: dict[str, RowChange] = {}
+    others: dict[str, Entry] = {}
     for name, change in changes.items():
-        pieces = _pieces(change, stored.get(name, ()))
-        if pieces is None or found.keys() & pieces.keys():
+        stored = places.of.get(copies.get(name, name), ())
+        if not stored:
+            if not isinstance(change, Values):
+                return None
+            others[name] = Entry(name, places.dtype, tuple(change.values.shape), None, change)
+            continue
+        pieces = _pieces(change, stored)
+        if pieces is None or (name in copies and len(pieces) > 1) or by_stored.keys() & pieces.keys():
             return None
-        found |= pieces
-    return found
+        if name in copies:
+            others[name] = Entry.of(stored[0], change, name)
+        else:
+            by_stored |= pieces
+    for name in copies.keys() - changes.keys():
+        others[name] = Entry.of(places.of[copies[name]][0], None, name)
+    if places.missing - others.keys():
+        return None
+    kept = (t for shard in checkpoint.shards for t in shard.tensors if t.name in places.names)
+    own = {places.names[t.name]: Entry.of(t, by_stored.get(t.name), places.names[t.name]) for t in kept}
+    return own | others
+
+
+def _copies(injection: Injection) -> dict[str, str]:
+    """Parameters that start as copies of others, and which."""
+    return {name: other for primitive in injection.primitives for name, other in primitive.copies().items()}
 
 
 # ---- the model and what is placed on it
 
 
-def _placed(adapter: Path, folder: Path) -> Injection | None:
-    """The strategy with its saved tensors on a model without values; None if it does not go on one.
+def _placed(adapter: Path, checkpoint: Checkpoint, architectures: Sequence[str]) -> tuple[Injection, Places] | None:
+    """The strategy with its saved tensors on a model without values, and where that is stored; None if it does not fit.
 
     Whatever is wrong with the folder is found again, and said, where it is placed on the model in memory.
     """
     tensors = read_tensors(adapter)
-    wanted = artifact.what_to_load(adapter, read_settings(adapter) or {}, read_peft_settings(adapter) or {})
-    labels = wanted.get("labels")
-    kind = wanted.get("kind") or auto_class(wanted["task"])
     try:
+        wanted = artifact.what_to_load(adapter, read_settings(adapter) or {}, read_peft_settings(adapter) or {})
+        kind = wanted.get("kind") or auto_class(wanted["task"])
         with quiet(), weightless():
-            config = AutoConfig.from_pretrained(folder, **({"num_labels": len(labels)} if labels else {}))
+            config = AutoConfig.from_pretrained(checkpoint.folder, **label_options(wanted.get("labels")))
             model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
             model.tie_weights()
-            if type(model).__name__ not in (config.architectures or []):
+            places = find_places(model, checkpoint, other_class=type(model).__name__ not in architectures)
+            if places is None:
                 return None
-            backbone = Backbone(model)
-            injection, tensors = artifact.placed(adapter, backbone, tensors)
+            injection, tensors = artifact.placed(adapter, Backbone(model, fresh=sorted(places.missing)), tensors)
             buffers = _buffers(injection)
         _give_memory(injection, buffers)
         injection.load_tensors(tensors, origin=str(adapter))
     except (LightsftError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         logger.info("%s needs the weights to be placed (%s): it is merged in memory", adapter, error)
         return None
-    return injection
+    return injection, places
 
 
 def _parts(injection: Injection) -> Iterator[nn.Module]:
@@ -150,56 +173,9 @@ def _changes(injection: Injection) -> dict[str, RowChange] | None:
     return found
 
 
-# ---- where a parameter is stored
-
-
-def _stored(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Sequence[StoredTensor]] | None:
-    """The tensors that each parameter is loaded from, by every name of it; None if some have no counterpart."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
-    own: dict[str, Any] = dict(model.state_dict())
-    found: dict[str, list[tuple[int, StoredTensor]]] = {}
-    for key in sorted(checkpoint.tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
-        if name not in own or (pattern is not None and not _stacks(by_pattern[pattern])):
-            return None
-        place = by_pattern[pattern].source_patterns.index(pattern) if pattern is not None else 0
-        found.setdefault(name, []).append((place, checkpoint.tensors[key]))
-    names = {id(tensor): [] for tensor in _named(model).values()}  # type: dict[int, list[str]]
-    for name, tensor in _named(model).items():
-        names[id(tensor)].append(name)
-    result: dict[str, Sequence[StoredTensor]] = {}
-    for group in names.values():
-        held = [name for name in group if name in found]
-        persistent = any(name in own for name in group)
-        if len(held) > 1 or (persistent and not held):
-            return None
-        for name in group if held else ():
-            result[name] = [tensor for _, tensor in sorted(found[held[0]], key=lambda pair: pair[0])]
-    return result
-
-
-def _named(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by every name, without what strategies have placed."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tensor for name, tensor in named if "lightsft" not in name}
-
-
-def _stacks(converter: WeightConverter) -> bool:
-    """Whether it makes expert tensors of matrices, one for each expert, or of several side by side along their rows."""
-    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
-    return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]) and not _is_one_file(converter)
-
-
-def _is_one_file(converter: WeightConverter) -> bool:
-    return len(converter.target_patterns) > 1
-
-
 def _pieces(change: RowChange, stored: Sequence[StoredTensor]) -> dict[str, RowChange] | None:
     """The change of each of the tensors that a parameter is loaded from; None if it cannot be taken apart."""
-    if len(stored) == 1 and as_matrix(stored[0].shape)[0] == change.shape[0]:
+    if len(stored) == 1 and _is_of(change, stored[0]):
         return {stored[0].name: change}
     matrices = change.matrices()
     if not isinstance(change, LowRank) or len(matrices) < 2 or len(stored) % len(matrices):
@@ -218,3 +194,9 @@ def _pieces(change: RowChange, stored: Sequence[StoredTensor]) -> dict[str, RowC
             found[tensor.name] = piece
         first = rows.stop
     return found if first == change.shape[-2] else None
+
+
+def _is_of(change: RowChange, stored: StoredTensor) -> bool:
+    """Whether it changes the tensor as it is stored, or gives it more rows."""
+    rows = as_matrix(stored.shape)[0]
+    return change.shape[0] == rows or (isinstance(change, Rows) and change.shape[0] > rows)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightsft.adapter_files import PEFT_SETTINGS, read_peft_settings, read_tensors
 from lightsft.errors import ArtifactError
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor
-from lightsft.export.streaming import TYPES
+from lightsft.export.layout import TYPES
 from lightsft.files import read_json
 from lightsft.low_rank import LowRank
 

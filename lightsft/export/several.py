@@ -11,6 +11,7 @@ from lightsft.adapter_files import TENSORS
 from lightsft.errors import ConfigurationError
 from lightsft.export.combining import combine
 from lightsft.export.from_disk import DiskMerge, from_disk
+from lightsft.export.layout import entries
 from lightsft.export.provenance import place_of
 from lightsft.files import sha256
 from lightsft.low_rank import LowRank
@@ -73,13 +74,15 @@ def combined_from_disk(
         majority=combination.majority,
         seed=combination.seed,
     )
-    return replace(first, adapter=None, changes=together)
+    return replace(first, adapter=None, entries=entries(first.checkpoint, together))
 
 
 def _low_rank(plan: DiskMerge | None, folder: Path) -> dict[str, LowRank]:
-    found = {} if plan is None else {name: c for name, c in plan.changes.items() if isinstance(c, LowRank)}
-    if plan is None or len(found) < len(plan.changes):
-        others = sorted(set(plan.changes) - set(found))[:3] if plan is not None else []
+    made = {} if plan is None else plan.entries
+    changes = {name: entry.change for name, entry in made.items() if entry.change is not None}
+    found = {name: change for name, change in changes.items() if isinstance(change, LowRank)}
+    if plan is None or plan.settings or len(found) < len(changes):
+        others = sorted(set(changes) - set(found))[:3]
         named = f": {', '.join(others)}" if others else ""
         raise ConfigurationError(
             f"{folder} does more than add low-rank changes to stored weights{named}",

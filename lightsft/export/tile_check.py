@@ -22,7 +22,7 @@ from torch import Tensor
 from lightsft.errors import MergeError
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor, read_checkpoint
 from lightsft.export.from_disk import DiskMerge
-from lightsft.export.streaming import TYPES
+from lightsft.export.layout import TYPES, Entry
 from lightsft.row_changes import RowChange
 
 VALUES, PLACES = 2**15, 4  # of each tensor: numbers computed again, in so many places
@@ -36,12 +36,12 @@ def check_tiles(merge: DiskMerge, folder: Path, *, seed: int = 0) -> dict[str, A
     problems = list(_layout_problems(merge, merged))
     compared, worst = 0, 0.0
     if not problems:
-        for name, source in merge.checkpoint.tensors.items():
-            change, stored = merge.changes.get(name), merged.tensors[name]
-            if change is None:
-                problems += _copied_problems(source, stored, drawn)
+        for name, entry in merge.entries.items():
+            stored = merged.tensors[name]
+            if entry.change is None:
+                problems += _copied_problems(entry, stored, drawn)
                 continue
-            for off, number in _rows_off(source, stored, change, drawn):
+            for off, number in _rows_off(entry, entry.change, stored, drawn):
                 compared, worst = compared + number, max(worst, off)
                 if not off <= 1:
                     problems.append(f"{name}: off by {off:.3g} times a rounding")
@@ -51,7 +51,7 @@ def check_tiles(merge: DiskMerge, folder: Path, *, seed: int = 0) -> dict[str, A
         "problems": problems[:SHOWN],
         "compared": "rows of every changed tensor with W + s B A in fp64, bytes of every other with the base's, "
         "read from disk",
-        "changed_tensors": len(merge.changes),
+        "changed_tensors": sum(entry.change is not None for entry in merge.entries.values()),
         "values_compared": compared,
         "largest_difference_in_roundings": worst,
     }
@@ -69,30 +69,32 @@ def require_same_tiles(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layout_problems(merge: DiskMerge, merged: Checkpoint) -> Iterator[str]:
-    wanted = {t.source.name: (t.dtype, t.source.shape) for file in merge.files for t in file.tensors}
+    wanted = {t.entry.name: (t.dtype, t.entry.shape) for file in merge.files for t in file.tensors}
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in merged.tensors.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             yield f"{name}: {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing of that name')}"
 
 
-def _copied_problems(source: StoredTensor, stored: StoredTensor, drawn: random.Random) -> list[str]:
+def _copied_problems(entry: Entry, stored: StoredTensor, drawn: random.Random) -> list[str]:
+    source = entry.source
+    assert source is not None
     if source.dtype != stored.dtype:
         values = math.prod(source.shape)
         first = drawn.randrange(max(1, values - BYTES))
         part = slice(first, min(first + BYTES, values))
         same = torch.equal(_read(source, part).to(TYPES[stored.dtype]), _read(stored, part))
-        return [] if same else [f"{source.name}: not the base's values, rounded"]
+        return [] if same else [f"{entry.name}: not the base's values, rounded"]
     for _ in range(PLACES):
         first = drawn.randrange(max(1, source.size - BYTES))
         size = min(BYTES, source.size - first)
         if _bytes(source, first, size) != _bytes(stored, first, size):
-            return [f"{source.name}: not the base's bytes"]
+            return [f"{entry.name}: not the base's bytes"]
     return []
 
 
 def _rows_off(
-    source: StoredTensor, stored: StoredTensor, change: RowChange, drawn: random.Random
+    entry: Entry, change: RowChange, stored: StoredTensor, drawn: random.Random
 ) -> Iterator[tuple[float, int]]:
     """(largest difference as a share of what one rounding may cost, numbers compared) of some rows."""
     rows, columns = change.shape[-2:]
@@ -102,12 +104,24 @@ def _rows_off(
         number, start = drawn.randrange(len(matrices)), drawn.randrange(rows - count + 1)
         first = (number * rows + start) * columns
         place = slice(first, first + count * columns)
-        before = _read(source, place).view(-1, columns)
+        before = _stored_rows(entry, place).view(-1, columns)
         after = _read(stored, place).view(-1, columns)
         exact, reach = matrices[number].exact(before, slice(start, start + count))
         rounding = torch.finfo(after.dtype).eps / 2 * exact.abs() + 8 * torch.finfo(torch.float32).eps * reach
         smallest = torch.finfo(after.dtype).tiny
         yield float(((after.double() - exact).abs() / (rounding + smallest)).max()), exact.numel()
+
+
+def _stored_rows(entry: Entry, place: slice) -> Tensor:
+    """The base's values; zeros for those that it does not have."""
+    if not entry.grows:
+        assert entry.source is not None
+        return _read(entry.source, place)
+    found = torch.zeros(place.stop - place.start, dtype=TYPES[entry.dtype])
+    held = 0 if entry.source is None else min(place.stop, math.prod(entry.source.shape)) - place.start
+    if entry.source is not None and held > 0:
+        found[:held] = _read(entry.source, slice(place.start, place.start + held))
+    return found
 
 
 def _read(tensor: StoredTensor, values: slice) -> Tensor:

@@ -23,8 +23,8 @@ from lightsft.dry_run import input_embeddings
 from lightsft.errors import ArtifactError, BackboneError, ConfigurationError
 from lightsft.export.as_lora import AsLoRA
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor, read_checkpoint
+from lightsft.export.layout import TYPES
 from lightsft.export.low_rank_fit import norm
-from lightsft.export.streaming import TYPES
 from lightsft.injection import Injection
 from lightsft.meta import weightless
 from lightsft.primitives import PlacedSide

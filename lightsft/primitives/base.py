@@ -77,6 +77,10 @@ class Primitive(ABC):
         """
         return None
 
+    def copies(self) -> Mapping[str, str]:
+        """Parameters that it gives the model, each a copy of another of the model's own: by name, that one's name."""
+        return {}
+
     def store_as(self, dtype: torch.dtype) -> None:  # noqa: B027 - most keep nothing
         """Before a merge: the backbone's weights are in this type now, which what was kept of them is to be in too."""
 
@@ -114,6 +118,10 @@ class Arrangement(Primitive):
     def mergeable(self) -> bool:
         """It stays."""
         return True
+
+    def row_changes(self) -> Mapping[str, RowChange] | None:
+        """None of a weight."""
+        return {}
 
     def merge(self) -> None:
         """Nothing to do."""

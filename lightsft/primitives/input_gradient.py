@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightsft.primitives.base import Arrangement, drop_hook
-from lightsft.row_changes import RowChange
 
 
 class InputGradient(Arrangement):
@@ -18,10 +16,6 @@ class InputGradient(Arrangement):
     def __init__(self, model: nn.Module, name: str) -> None:
         self.name, self.model = name, model
         model.get_submodule(name).register_forward_hook(_require_gradient)
-
-    def row_changes(self) -> Mapping[str, RowChange]:
-        """None of a weight."""
-        return {}
 
     def merge(self) -> None:
         """Take the hook off."""

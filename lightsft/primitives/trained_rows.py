@@ -212,14 +212,14 @@ class PlacedRows(Primitive):
         return True
 
     def row_changes(self) -> Mapping[str, RowChange] | None:
-        """The rows in their places; tables that grow have another shape."""
+        """The rows in their places, and behind them; not of a table with an entry per column."""
         part = self.part
-        if part.added or any(table.dimension for table in self.tables):
+        if any(table.dimension for table in self.tables):
             return None
-        shapes = [as_matrix(table.of(self.model).shape) for table in self.tables]
+        columns = [as_matrix(table.of(self.model).shape)[1] for table in self.tables]
         return {
-            self.tables[number].name: Rows(shapes[number], part.ids, part.rows[number].detach())
-            for number in range(len(self.tables))
+            table.name: Rows((part.total, columns[number]), part.ids, part.rows[number].detach())
+            for number, table in enumerate(self.tables)
         }
 
     @torch.no_grad()

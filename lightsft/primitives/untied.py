@@ -34,6 +34,11 @@ class Untied(Arrangement):
             self.tied_before.setdefault(id(part), before)
             part.tie_word_embeddings = self.tied_before[id(part)] if tied else False
 
+    def copies(self) -> dict[str, str]:
+        """The weight, of one that shares what it shared."""
+        others = (name for name, p in self.model.named_parameters(remove_duplicate=False) if p is self.shared)
+        return {f"{self.name}.weight": next(others)}
+
     def remove(self) -> None:
         """Share the weight again."""
         self._use(self.shared, tied=True)

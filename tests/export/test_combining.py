@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from lightsft.errors import ArtifactError, ConfigurationError
 from lightsft.export.checkpoint_files import read_checkpoint
 from lightsft.export.combining import DENSITY, METHODS, combine, kth_largest
-from lightsft.export.streaming import plan, write
+from lightsft.export.layout import entries, plan
+from lightsft.export.streaming import write
 from lightsft.export.tile_check import check_tiles
 from lightsft.low_rank import LowRank, tiles
 
@@ -365,7 +366,7 @@ def test_a_checkpoint_is_written_with_the_formula(method, tmp_path):
 
     checkpoint = read_checkpoint(tmp_path / "base")
     changes = combine([first, second], [0.7, 0.3], method)
-    files = plan(checkpoint, changes)
+    files = plan(checkpoint, entries(checkpoint, changes))
     write(checkpoint, files, tmp_path / "out")
 
     after = load_file(tmp_path / "out" / "model.safetensors")
@@ -378,9 +379,9 @@ def test_a_checkpoint_is_written_with_the_formula(method, tmp_path):
             assert torch.equal(matrix, changed(own, weight).bfloat16())
             assert ((matrix - exact).abs() <= 2**-8 * exact.abs() + 8 * EPS * reach).all()
             assert not torch.equal(matrix, weight)
-    written = SimpleNamespace(checkpoint=checkpoint, changes=changes, files=files)
+    written = SimpleNamespace(entries=entries(checkpoint, changes), files=files)
     assert check_tiles(written, tmp_path / "out")["passed"]
-    written.changes = combine([first, second], [0.3, 0.7], method)
+    written.entries = entries(checkpoint, combine([first, second], [0.3, 0.7], method))
     assert not check_tiles(written, tmp_path / "out")["passed"]
 
 

@@ -265,20 +265,97 @@ def test_architectures_that_store_otherwise(kind, number, tmp_path):
     assert_same_bits(disk, stored(tmp_path / "memory"))
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [LoRA(4, targets=["lm_head"], tied="untie"), NewTokens(tokens=["<one>", "<two>"])],
-    ids=["untied", "grown"],
-)
-def test_what_changes_the_shape_of_the_model_is_merged_in_memory(strategy, tmp_path):
-    plain = save_llama(tmp_path / "base", tie_word_embeddings=True)
-    adapter = adapter_of(plain, strategy, tmp_path / "adapter")
+def by_the_other_way(adapter, tmp_path):
+    """Merged in memory, saved by transformers: the tensors, and the configuration."""
+    backbone = artifact.load_base(adapter, None, dtype="checkpoint", device="cpu")
+    artifact.load(adapter, backbone).merge().save_pretrained(tmp_path / "memory")
+    return stored(tmp_path / "memory"), json.loads((tmp_path / "memory" / "config.json").read_text())
+
+
+OF_ANOTHER_SHAPE = {
+    "untied": (LoRA(4, targets=["lm_head"], tied="untie"), True),
+    "grown and tied": (NewTokens(tokens=["<one>", "<two>"]), True),
+    "grown": (NewTokens(count=3), False),
+    "grown beside a lora": (Combined([LoRA(4), NewTokens(tokens=["<one>"])]), False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", OF_ANOTHER_SHAPE)
+def test_tensors_that_the_base_does_not_have_are_written_too(kind, dtype, tmp_path):
+    strategy, tied = OF_ANOTHER_SHAPE[kind]
+    model = transformers.AutoModelForCausalLM.from_pretrained(save_llama(tmp_path / "plain", tie_word_embeddings=tied))
+    model.to(dtype).save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "base")
+    adapter = adapter_of(tmp_path / "base", strategy, tmp_path / "adapter")
+    certificate = merge_folder(adapter, tmp_path / "disk", check="tiles", most_rounding=9.0)
+    assert (certificate["written"], certificate["passed"]) == ("from disk to disk", True)
+    merged, config = by_the_other_way(adapter, tmp_path)
+    assert_same_bits(stored(tmp_path / "disk"), merged)
+    assert json.loads((tmp_path / "disk" / "config.json").read_text()) == config
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "disk")
+    assert all(
+        len(tokenizer(token, add_special_tokens=False).input_ids) == 1 for token in ("<one>",) if "token" in kind
+    )
+
+
+HEADLESS = {
+    "bert": transformers.BertForMaskedLM,
+    "the encoder alone": transformers.BertModel,
+    "another number of labels": transformers.BertForSequenceClassification,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", HEADLESS)
+def test_a_new_head_is_written_with_its_labels(kind, dtype, bert, tmp_path):
+    model = HEADLESS[kind].from_pretrained(bert, dtype=dtype)
+    model.save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "base")
+    labels = ["bad", "so so", "good", "best"]
+    backbone = Backbone.load(tmp_path / "base", labels=labels, dtype="checkpoint", device="cpu")
+    adapter = randomise(LoRA(4).inject(backbone), scale=0.05).save(tmp_path / "adapter")
+    settings = json.loads((adapter / "lightsft.json").read_text())
+    settings["task"]["max_length"] = 17
+    (adapter / "lightsft.json").write_text(json.dumps(settings))
+    certificate = merge_folder(adapter, tmp_path / "disk", check="tiles", most_rounding=9.0)
+    assert (certificate["written"], certificate["passed"]) == ("from disk to disk", True)
+    merged, config = by_the_other_way(adapter, tmp_path)
+    assert_same_bits(stored(tmp_path / "disk"), merged)
+    found = json.loads((tmp_path / "disk" / "config.json").read_text())
+    assert found == config | {key: found[key] for key in found.keys() - config.keys()}
+    assert list(found["id2label"].values()) == labels
+    assert found["architectures"] == ["BertForSequenceClassification"]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "disk").model_max_length == 17
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tokens", "head"])
+def test_what_the_base_does_not_have_is_loaded_by_plain_transformers(kind, bert, tmp_path):
+    """The base has no logits of new tokens, so what the adapter does is counted on the others."""
+    if kind == "tokens":
+        adapter = adapter_of(save_llama(tmp_path / "base"), NewTokens(tokens=["<one>"]), tmp_path / "adapter")
+    else:
+        transformers.BertForMaskedLM.from_pretrained(bert).save_pretrained(tmp_path / "base")
+        transformers.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "base")
+        backbone = Backbone.load(tmp_path / "base", labels=["a", "b", "c"], dtype="checkpoint", device="cpu")
+        adapter = randomise(LoRA(4).inject(backbone), scale=0.05).save(tmp_path / "adapter")
+    for way, streaming in (("from disk to disk", True), ("from memory", False)):
+        found = merge_folder(adapter, tmp_path / way, check="load", streaming=streaming)
+        assert (found["written"], found["check"], found["passed"]) == (way, "load", True)
+
+
+def test_a_head_that_no_file_holds_is_not_invented(bert, tmp_path):
+    """What transformers draws on loading, and the folder does not save, is no part of what was trained."""
+    base = tmp_path / "base"
+    transformers.BertForMaskedLM.from_pretrained(bert).save_pretrained(base)
+    backbone = Backbone.load(base, labels=["a", "b"], dtype="checkpoint", device="cpu")
+    adapter = LoRA(4).inject(backbone).save(tmp_path / "adapter")
+    tensors = load_file(adapter / TENSORS)
+    kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    assert len(kept) == len(tensors) - 2
+    save_file(kept, adapter / TENSORS)
     assert from_disk(adapter, None) is None
-
-
-def test_a_new_head_is_merged_in_memory(bert, tmp_path):
-    backbone = Backbone.load(bert, labels=["a", "b", "c", "d"], dtype="checkpoint", device="cpu")
-    assert from_disk(LoRA(4).inject(backbone).save(tmp_path / "adapter"), None) is None
 
 
 @pytest.mark.slow
