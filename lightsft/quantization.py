@@ -221,7 +221,7 @@ def dequantized(layer: nn.Module) -> Tensor:
     """W (out, in) in fp32: exactly what the layer multiplies with in training."""
     weight = getattr(layer, "weight", None)
     if getattr(weight, "quant_state", None) is not None:
-        return _from_4_bits(layer)
+        return from_4_bits(layer).float()
     if hasattr(weight, "SCB"):
         return _from_8_bits(layer)
     if isinstance(weight, Tensor) and _computes_with_its_weight(layer):
@@ -244,11 +244,11 @@ def _from_subclass(weight: Any) -> Tensor:
     return weight.data.dequantize().float()  # type: ignore[no-any-return]
 
 
-def _from_4_bits(layer: Any) -> Tensor:
-    """Each code is looked up in the table of its type and multiplied by the scale of its block."""
+def from_4_bits(layer: Any) -> Tensor:
+    """Each code is looked up in the table of its type and multiplied by the scale of its block: in the type it had."""
     codes, state = _unpacked(layer) if _is_repacked(layer) else (layer.weight.data, layer.weight.quant_state)
     weight: Tensor = bitsandbytes_library().functional.dequantize_4bit(codes.reshape(-1, 1), state)
-    return weight.float()
+    return weight
 
 
 def _from_8_bits(layer: Any) -> Tensor:

@@ -16,16 +16,19 @@ from torch import Tensor
 
 from lightsft.adapter_files import read_peft_settings, read_settings
 from lightsft.errors import ArtifactError, OutputError
-from lightsft.export.checkpoint_files import Checkpoint, StoredTensor, read_checkpoint
+from lightsft.export.checkpoint_files import Checkpoint, read_checkpoint
 from lightsft.export.companions import copy_companions
 from lightsft.export.layout import TYPES, Entry, WrittenFile, entries, plan
 from lightsft.export.plain_lora import plain_lora
 from lightsft.export.rounding import Rounding
+from lightsft.export.stored_rows import StoredRows
 from lightsft.export.streaming import Report, write
 from lightsft.files import read_json
+from lightsft.row_changes import as_matrix
 from lightsft.sketch import same_values, sketched
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CODED = 4  # quantized matrices that are compared with what a base is recognised by
 SPARE = 2**26  # bytes beside the weights
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
 
@@ -71,9 +74,9 @@ def from_disk(
         return None
     checkpoint = read_checkpoint(folder)
     trained_on = (read_settings(adapter) or {}).get("base", {})
-    if trained_on.get("quantization") is not None:
-        return None
-    changes = plain_lora(adapter, checkpoint) if _is_same_class(trained_on, folder) else None
+    beside_codes = trained_on.get("quantization") is not None
+    by_names = _is_same_class(trained_on, folder) and not beside_codes
+    changes = plain_lora(adapter, checkpoint) if by_names else None
     found: tuple[dict[str, Entry], dict[str, Any]] | None
     if changes is not None:
         found = entries(checkpoint, changes), {}
@@ -118,11 +121,12 @@ def _check_sketch(
     adapter: Path, sketch: Mapping[str, Sequence[float]], made: Mapping[str, Entry], folder: Path
 ) -> None:
     """Refuse a base that holds other values than the one that the adapter was trained on."""
-    stored = {name: made[name].source for name in sketch if name in made}
+    held = [name for name in sketch if name in made and made[name].dtype in TYPES and made[name].source is not None]
+    in_codes = [name for name in held if made[name].recoding is not None][CODED:]  # coding a matrix takes a while
     different = [
         f"{name} holds other values"
-        for name, tensor in stored.items()
-        if tensor is not None and tensor.dtype in TYPES and not same_values(_values(tensor), torch.tensor(sketch[name]))
+        for name in held
+        if name not in in_codes and not same_values(_values(made[name]), torch.tensor(sketch[name]))
     ]
     if different:
         shown = "\n  ".join(different[:6]) + (f"\n  and {len(different) - 6} more" if len(different) > 6 else "")
@@ -133,15 +137,16 @@ def _check_sketch(
         )
 
 
-def _values(tensor: StoredTensor) -> Tensor:
-    """Those that a sketch holds, read from the file."""
-    dtype = TYPES[tensor.dtype]
-    with tensor.file.open("rb") as file:
-        found = []
-        for position in sketched(math.prod(tensor.shape)):
-            file.seek(tensor.start + position * dtype.itemsize)
-            found.append(file.read(dtype.itemsize))
-    return torch.frombuffer(bytearray(b"".join(found)), dtype=dtype)
+def _values(entry: Entry) -> Tensor:
+    """Those that a sketch holds of the weight (out, in), read from the file."""
+    assert entry.source is not None
+    rows, columns = as_matrix(entry.source.shape)
+    stored, found = StoredRows(entry), []
+    transposed = entry.recoding is not None and entry.recoding.transposed
+    for position in sketched(rows * columns):
+        row, column = divmod(position, rows)[::-1] if transposed else divmod(position, columns)
+        found.append(stored(slice(row, row + 1))[0, column])
+    return torch.stack(found)
 
 
 def require_place(out: Path, base: Path, size: int) -> None:

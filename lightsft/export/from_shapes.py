@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
 from lightsft import artifact
 from lightsft.adapter_files import read_peft_settings, read_settings, read_tensors
@@ -23,13 +24,16 @@ from lightsft.backbone import Backbone, auto_class, label_options
 from lightsft.errors import LightsftError
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor
 from lightsft.export.companions import differences
-from lightsft.export.layout import Entry
+from lightsft.export.layout import NAMES, TYPES, Entry
+from lightsft.export.recoding import Recoding
 from lightsft.export.stored_names import Places, find_places
 from lightsft.finite import is_finite
 from lightsft.injection import Injection
 from lightsft.low_rank import LowRank
 from lightsft.meta import weightless
 from lightsft.primitives import Part, PlacedPart
+from lightsft.quantization import Quantization
+from lightsft.quantizing import quantizable
 from lightsft.quiet import quiet
 from lightsft.row_changes import RowChange, Rows, Values, as_matrix
 
@@ -42,22 +46,23 @@ def made_by_shapes(adapter: Path, checkpoint: Checkpoint) -> tuple[dict[str, Ent
     That is where a change is not one by rows, or a tensor is stored in a way that is not understood.
     """
     before = AutoConfig.from_pretrained(checkpoint.folder).to_dict()
-    found = _placed(adapter, checkpoint, before["architectures"] or [])
-    if found is None or not found[0].mergeable:
+    if "quantization_config" in before:
         return None
-    injection, places = found
+    found = _placed(adapter, checkpoint, before["architectures"] or [])
+    if found is None or not found.injection.mergeable:
+        return None
+    injection = found.injection
     changes = _changes(injection)
-    made = None if changes is None else _made(changes, _copies(injection), places, checkpoint)
+    made = None if changes is None else _made(changes, found, checkpoint)
     if made is None:
         return None
     after = injection.model.config.to_dict() | {"architectures": [type(injection.model).__name__]}
     return made, differences(before, after)
 
 
-def _made(
-    changes: Mapping[str, RowChange], copies: Mapping[str, str], places: Places, checkpoint: Checkpoint
-) -> dict[str, Entry] | None:
+def _made(changes: Mapping[str, RowChange], placed: _Placed, checkpoint: Checkpoint) -> dict[str, Entry] | None:
     """Every tensor, changed or not, under the name that the model's class stores it by."""
+    places, copies = placed.places, _copies(placed.injection)
     by_stored: dict[str, RowChange] = {}
     others: dict[str, Entry] = {}
     for name, change in changes.items():
@@ -78,8 +83,12 @@ def _made(
         others[name] = Entry.of(places.of[copies[name]][0], None, name)
     if places.missing - others.keys():
         return None
-    kept = (t for shard in checkpoint.shards for t in shard.tensors if t.name in places.names)
-    own = {places.names[t.name]: Entry.of(t, by_stored.get(t.name), places.names[t.name]) for t in kept}
+    recoded = {places.of[name][0].name: recoding for name, recoding in placed.recodings.items()}
+    own = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.name in places.names:
+            name = places.names[tensor.name]
+            own[name] = Entry.of(tensor, by_stored.get(tensor.name), name, recoded.get(tensor.name))
     return own | others
 
 
@@ -91,14 +100,22 @@ def _copies(injection: Injection) -> dict[str, str]:
 # ---- the model and what is placed on it
 
 
-def _placed(adapter: Path, checkpoint: Checkpoint, architectures: Sequence[str]) -> tuple[Injection, Places] | None:
-    """The strategy with its saved tensors on a model without values, and where that is stored; None if it does not fit.
+class _Placed(NamedTuple):
+    """A strategy on a model without values, where that is stored, and the weights that it was given as codes."""
+
+    injection: Injection
+    places: Places
+    recodings: Mapping[str, Recoding]
+
+
+def _placed(adapter: Path, checkpoint: Checkpoint, architectures: Sequence[str]) -> _Placed | None:
+    """The strategy with its saved tensors on such a model; None if it does not fit.
 
     Whatever is wrong with the folder is found again, and said, where it is placed on the model in memory.
     """
-    tensors = read_tensors(adapter)
+    tensors, settings = read_tensors(adapter), read_settings(adapter) or {}
     try:
-        wanted = artifact.what_to_load(adapter, read_settings(adapter) or {}, read_peft_settings(adapter) or {})
+        wanted = artifact.what_to_load(adapter, settings, read_peft_settings(adapter) or {})
         kind = wanted.get("kind") or auto_class(wanted["task"])
         with quiet(), weightless():
             config = AutoConfig.from_pretrained(checkpoint.folder, **label_options(wanted.get("labels")))
@@ -107,14 +124,34 @@ def _placed(adapter: Path, checkpoint: Checkpoint, architectures: Sequence[str])
             places = find_places(model, checkpoint, other_class=type(model).__name__ not in architectures)
             if places is None:
                 return None
-            injection, tensors = artifact.placed(adapter, Backbone(model, fresh=sorted(places.missing)), tensors)
+            backbone = Backbone(model, fresh=sorted(places.missing))
+            recodings = _recodings(settings.get("base", {}), backbone, places)
+            if recodings is None:
+                return None
+            injection, tensors = artifact.placed(adapter, backbone, tensors)
             buffers = _buffers(injection)
         _give_memory(injection, buffers)
         injection.load_tensors(tensors, origin=str(adapter))
     except (LightsftError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         logger.info("%s needs the weights to be placed (%s): it is merged in memory", adapter, error)
         return None
-    return injection, places
+    return _Placed(injection, places, recodings)
+
+
+def _recodings(base: Mapping[str, Any], backbone: Backbone, places: Places) -> dict[str, Recoding] | None:
+    """How each weight was quantized that the strategy was trained beside; None where that cannot be done again.
+
+    That is where the codes were made from another type than the stored one, or by another library.
+    """
+    if base.get("quantization") is None:
+        return {}
+    how = Quantization.parse(base["quantization"])
+    layers = quantizable(backbone.model, backbone.anatomy)
+    stored = {tensor.dtype for tensors in places.of.values() for tensor in tensors if tensor.dtype in TYPES}
+    alone = all(len(places.of.get(f"{name}.weight", ())) == 1 for name in layers)
+    if how is None or not alone or stored != {NAMES[getattr(torch, base["dtype"])]}:
+        return None
+    return {f"{name}.weight": Recoding(how, isinstance(backbone.module(name), Conv1D)) for name in layers}
 
 
 def _parts(injection: Injection) -> Iterator[nn.Module]:

@@ -6,12 +6,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightsft.export.checkpoint_files import SINGLE_FILE, Checkpoint, Shard, StoredTensor
 from lightsft.row_changes import RowChange
+
+if TYPE_CHECKING:
+    from lightsft.export.recoding import Recoding
 
 TYPES = {
     "F64": torch.float64,
@@ -26,7 +29,8 @@ NAMES = {dtype: name for name, dtype in TYPES.items()}
 class Entry:
     """A tensor of the new checkpoint, and what it is made of: a stored tensor (None: the base has none), a change.
 
-    With more rows than the stored one, its change gives those too.
+    With more rows than the stored one, its change gives those too. With a `recoding` what is changed is not the
+    stored matrix but what its codes stand for.
     """
 
     name: str
@@ -34,14 +38,26 @@ class Entry:
     shape: tuple[int, ...]
     source: StoredTensor | None
     change: RowChange | None = None
+    recoding: Recoding | None = None
 
     @classmethod
-    def of(cls, source: StoredTensor, change: RowChange | None = None, name: str | None = None) -> Entry:
+    def of(
+        cls,
+        source: StoredTensor,
+        change: RowChange | None = None,
+        name: str | None = None,
+        recoding: Recoding | None = None,
+    ) -> Entry:
         """A stored tensor as it is or changed, under its own name or another."""
         shape = source.shape
         if change is not None and len(change.shape) == 2 and shape:
             shape = (change.shape[0], *shape[1:])
-        return cls(name or source.name, source.dtype, shape, source, change)
+        return cls(name or source.name, source.dtype, shape, source, change, recoding)
+
+    @property
+    def copied(self) -> bool:
+        """Whether it holds the stored values."""
+        return self.change is None and self.recoding is None
 
     @property
     def grows(self) -> bool:

@@ -13,7 +13,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from lightsft.export.layout import TYPES, Entry, Written, WrittenFile, index_of
 from lightsft.files import write_json
 from lightsft.low_rank import rows_in_tile, tiles
 from lightsft.row_changes import RowChange, as_matrix
+
+if TYPE_CHECKING:
+    from lightsft.export.recoding import Rows
 
 BLOCK = 2**20  # bytes that a thread reads at once
 COPY = 2**26  # bytes that the kernel is asked to copy at once
@@ -79,7 +82,7 @@ def _write_pieces(
 ) -> None:
     waiting: deque[tuple[_Edit, Future[Tensor], _Space]] = deque()
     free = [_Space() for _ in range(most)]
-    for piece in _pieces(file):
+    for piece in _pieces(file, sources, pool):
         if isinstance(piece, _Copy):
             _copy_bytes(sources[piece.source], out, piece.start, piece.stop, piece.start + piece.shift)
             _start_writing(out, piece.start + piece.shift, piece.stop - piece.start)
@@ -123,18 +126,18 @@ def _write_next(waiting: deque[tuple[_Edit, Future[Tensor], _Space]], out: int, 
     return space
 
 
-def _pieces(file: WrittenFile) -> Iterator[_Copy | _Edit]:
+def _pieces(file: WrittenFile, sources: Mapping[Path, int], pool: Executor) -> Iterator[_Copy | _Edit]:
     """In order; neighbours that are copied are copied together."""
     run: list[Written] = []
     for tensor in file.tensors:
-        copied = tensor.entry.change is None and tensor.dtype == tensor.entry.dtype
+        copied = tensor.entry.copied and tensor.dtype == tensor.entry.dtype
         if run and not (copied and _follows(run[-1], tensor)):
             yield from _copies(run)
             run = []
         if copied:
             run.append(tensor)
         else:
-            yield from _edits(tensor)
+            yield from _edits(tensor, _recoded(tensor.entry, sources, pool))
     yield from _copies(run)
 
 
@@ -183,7 +186,23 @@ def _copy_bytes(source: int, out: int, start: int, stop: int, place: int) -> Non
         start, place = start + count, place + count
 
 
-def _edits(tensor: Written) -> Iterator[_Edit]:
+def _recoded(entry: Entry, sources: Mapping[Path, int], pool: Executor) -> Future[Rows] | None:
+    """What rows of a matrix stand for, once whatever has to be known of the whole of it is."""
+    source = entry.source
+    if entry.recoding is None or source is None:
+        return None
+    rows, columns = as_matrix(source.shape)
+    return pool.submit(entry.recoding.by_rows, rows, columns, lambda part: _rows_of(source, sources, part))
+
+
+def _rows_of(source: StoredTensor, sources: Mapping[Path, int], rows: slice) -> Tensor:
+    columns, kind = as_matrix(source.shape)[1], TYPES[source.dtype]
+    found = torch.empty(rows.stop - rows.start, columns, dtype=kind)
+    _read_all(sources[source.file], found, source.start + rows.start * columns * kind.itemsize)
+    return found
+
+
+def _edits(tensor: Written, recoded: Future[Rows] | None) -> Iterator[_Edit]:
     """Blocks of whole tiles of each matrix."""
     entry = tensor.entry
     changes: Sequence[RowChange | None] = [None] if entry.change is None else entry.change.matrices()
@@ -193,7 +212,7 @@ def _edits(tensor: Written) -> Iterator[_Edit]:
     for number, change in enumerate(changes):
         for start in range(0, rows, block):
             stop = min(start + block, rows)
-            yield _Edit(tensor, change, number * rows, slice(start, stop), columns)
+            yield _Edit(tensor, change, number * rows, slice(start, stop), columns, recoded)
 
 
 def _shape(entry: Entry) -> tuple[int, int]:
@@ -213,6 +232,7 @@ class _Edit:
     first: int
     rows: slice
     columns: int
+    recoded: Future[Rows] | None = None
 
     @property
     def place(self) -> int:
@@ -229,6 +249,8 @@ class _Edit:
         count = self.rows.stop - self.rows.start
         before, after = space.of(count, self.columns, kind, target)
         self._read(sources, before)
+        if self.recoded is not None:
+            before = self.recoded.result()(before, self.rows)
         for part in tiles(count, self.columns):
             rows = slice(self.rows.start + part.start, self.rows.start + part.stop)
             changed = before[part] if self.change is None else self.change.change(before[part], rows)

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightsft.errors import MergeError
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor, read_checkpoint
 from lightsft.export.from_disk import DiskMerge
 from lightsft.export.layout import TYPES, Entry
-from lightsft.row_changes import RowChange
+from lightsft.export.stored_rows import StoredRows, read_bytes, read_values
+from lightsft.row_changes import RowChange, as_matrix
 
 VALUES, PLACES = 2**15, 4  # of each tensor: numbers computed again, in so many places
 BYTES = 2**16  # of each tensor that was copied, in as many places
@@ -38,10 +38,10 @@ def check_tiles(merge: DiskMerge, folder: Path, *, seed: int = 0) -> dict[str, A
     if not problems:
         for name, entry in merge.entries.items():
             stored = merged.tensors[name]
-            if entry.change is None:
+            if entry.copied:
                 problems += _copied_problems(entry, stored, drawn)
                 continue
-            for off, number in _rows_off(entry, entry.change, stored, drawn):
+            for off, number in _rows_off(entry, stored, drawn):
                 compared, worst = compared + number, max(worst, off)
                 if not off <= 1:
                     problems.append(f"{name}: off by {off:.3g} times a rounding")
@@ -51,7 +51,7 @@ def check_tiles(merge: DiskMerge, folder: Path, *, seed: int = 0) -> dict[str, A
         "problems": problems[:SHOWN],
         "compared": "rows of every changed tensor with W + s B A in fp64, bytes of every other with the base's, "
         "read from disk",
-        "changed_tensors": sum(entry.change is not None for entry in merge.entries.values()),
+        "changed_tensors": sum(not entry.copied for entry in merge.entries.values()),
         "values_compared": compared,
         "largest_difference_in_roundings": worst,
     }
@@ -83,54 +83,29 @@ def _copied_problems(entry: Entry, stored: StoredTensor, drawn: random.Random) -
         values = math.prod(source.shape)
         first = drawn.randrange(max(1, values - BYTES))
         part = slice(first, min(first + BYTES, values))
-        same = torch.equal(_read(source, part).to(TYPES[stored.dtype]), _read(stored, part))
+        same = torch.equal(read_values(source, part).to(TYPES[stored.dtype]), read_values(stored, part))
         return [] if same else [f"{entry.name}: not the base's values, rounded"]
     for _ in range(PLACES):
         first = drawn.randrange(max(1, source.size - BYTES))
         size = min(BYTES, source.size - first)
-        if _bytes(source, first, size) != _bytes(stored, first, size):
+        if read_bytes(source, first, size) != read_bytes(stored, first, size):
             return [f"{entry.name}: not the base's bytes"]
     return []
 
 
-def _rows_off(
-    entry: Entry, change: RowChange, stored: StoredTensor, drawn: random.Random
-) -> Iterator[tuple[float, int]]:
+def _rows_off(entry: Entry, stored: StoredTensor, drawn: random.Random) -> Iterator[tuple[float, int]]:
     """(largest difference as a share of what one rounding may cost, numbers compared) of some rows."""
-    rows, columns = change.shape[-2:]
+    changes: Sequence[RowChange | None] = [None] if entry.change is None else entry.change.matrices()
+    rows, columns = as_matrix(entry.shape) if entry.change is None else entry.change.shape[-2:]
     count = min(rows, max(1, VALUES // (PLACES * columns)))
-    matrices = change.matrices()
+    before = StoredRows(entry, columns)
     for _ in range(PLACES):
-        number, start = drawn.randrange(len(matrices)), drawn.randrange(rows - count + 1)
-        first = (number * rows + start) * columns
-        place = slice(first, first + count * columns)
-        before = _stored_rows(entry, place).view(-1, columns)
-        after = _read(stored, place).view(-1, columns)
-        exact, reach = matrices[number].exact(before, slice(start, start + count))
+        number, start = drawn.randrange(len(changes)), drawn.randrange(rows - count + 1)
+        part, change, first = slice(start, start + count), changes[number], number * rows
+        weight = before(part, first)
+        after = read_values(stored, slice((first + start) * columns, (first + start + count) * columns))
+        after = after.view(-1, columns)
+        exact, reach = (weight.double(), weight.double().abs()) if change is None else change.exact(weight, part)
         rounding = torch.finfo(after.dtype).eps / 2 * exact.abs() + 8 * torch.finfo(torch.float32).eps * reach
         smallest = torch.finfo(after.dtype).tiny
         yield float(((after.double() - exact).abs() / (rounding + smallest)).max()), exact.numel()
-
-
-def _stored_rows(entry: Entry, place: slice) -> Tensor:
-    """The base's values; zeros for those that it does not have."""
-    if not entry.grows:
-        assert entry.source is not None
-        return _read(entry.source, place)
-    found = torch.zeros(place.stop - place.start, dtype=TYPES[entry.dtype])
-    held = 0 if entry.source is None else min(place.stop, math.prod(entry.source.shape)) - place.start
-    if entry.source is not None and held > 0:
-        found[:held] = _read(entry.source, slice(place.start, place.start + held))
-    return found
-
-
-def _read(tensor: StoredTensor, values: slice) -> Tensor:
-    dtype = TYPES[tensor.dtype]
-    size = (values.stop - values.start) * dtype.itemsize
-    return torch.frombuffer(bytearray(_bytes(tensor, values.start * dtype.itemsize, size)), dtype=dtype)
-
-
-def _bytes(tensor: StoredTensor, first: int, size: int) -> bytes:
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.start + first)
-        return file.read(size)

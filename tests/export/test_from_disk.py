@@ -329,6 +329,62 @@ def test_a_new_head_is_written_with_its_labels(kind, dtype, bert, tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "disk").model_max_length == 17
 
 
+BESIDE_CODES = {
+    "lora beside nf4": (LoRA(4), "nf4", False),
+    "dora beside nf4": (LoRA(4, dora=True), "nf4", False),
+    "some layers beside nf4": (LoRA(4, targets="attention", layers=[1]), "nf4", False),
+    "norms beside nf4, double": (Combined([NormTuning(), LoRA(4)]), "nf4", True),
+    "ia3 beside int8": (IA3(), "int8", False),
+    "vera beside fp4": (VeRA(rank=8), "fp4", False),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", BESIDE_CODES)
+def test_what_was_trained_beside_codes_is_merged_into_what_they_stand_for(kind, family, tmp_path):
+    strategy, scheme, double = BESIDE_CODES[kind]
+    plain = save_llama(tmp_path / "plain", hidden_size=64, intermediate_size=192)
+    torch.manual_seed(0)
+    model = (
+        build(find("causal-lm", family)) if family == "gpt2" else transformers.LlamaForCausalLM.from_pretrained(plain)
+    )
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(plain).save_pretrained(tmp_path / "base")
+    backbone = Backbone.load(
+        tmp_path / "base", task="chat", dtype="bfloat16", device="cpu", quantization=scheme, double_quantization=double
+    )
+    adapter = randomise(strategy.inject(backbone), scale=0.05).save(tmp_path / "adapter")
+    if family == "gpt2" and isinstance(strategy, LoRA) and strategy.dora:
+        assert from_disk(adapter, None) is None
+        return
+    disk, memory, certificate = both(adapter, tmp_path)
+    assert certificate["passed"]
+    assert_same_bits(disk, {name: tensor for name, tensor in memory.items() if name in disk})
+    assert {name.removesuffix("lm_head.weight") for name in memory.keys() - disk.keys()} <= {""}  # tied
+    changed = {name for name, tensor in disk.items() if not torch.equal(tensor, stored(tmp_path / "base")[name])}
+    assert len(changed) >= len(backbone.anatomy.linear)
+    assert all(row["ratio"] < 0.5 for row in certificate["rounding_by_weight"])
+
+
+def test_codes_of_another_type_than_the_stored_one_are_made_in_memory(tmp_path):
+    base = base_in(tmp_path, torch.float32)
+    backbone = Backbone.load(base, task="chat", dtype="bfloat16", device="cpu", quantization="nf4")
+    assert from_disk(LoRA(4).inject(backbone).save(tmp_path / "adapter"), None) is None
+
+
+def test_a_base_with_other_values_than_the_codes_were_made_of_is_refused(tmp_path):
+    base = base_in(tmp_path, torch.bfloat16)
+    backbone = Backbone.load(base, task="chat", dtype="bfloat16", device="cpu", quantization="nf4")
+    adapter = LoRA(4).inject(backbone).save(tmp_path / "adapter")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for weight in model.model.layers.parameters():
+            weight.mul_(-1)
+    model.save_pretrained(base)
+    with pytest.raises(ArtifactError, match=r"layers\.0\..*proj\.weight holds other values"):
+        from_disk(adapter, None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokens", "head"])
 def test_what_the_base_does_not_have_is_loaded_by_plain_transformers(kind, bert, tmp_path):
