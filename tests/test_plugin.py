@@ -64,6 +64,7 @@ def test_it_shows_among_the_strategies(package):
     assert {"full", "lora"} <= shown.keys()
 
 
+@pytest.mark.slow
 def test_it_keeps_the_contract_of_a_strategy(package):
     script = (
         "from lightsft.testing import TINY_MODELS, check_strategy\n"
@@ -103,6 +104,7 @@ def test_it_trains_and_merges_from_the_command_line(package, bert, rows_csv, tmp
     assert (merged / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_second_package_of_that_name_is_an_error_that_names_both(package, tmp_path):
     other = shutil.copytree(PLUGIN, tmp_path / "source")
     for file in (other / "pyproject.toml", other / f"{MODULE}.py"):

@@ -381,6 +381,7 @@ def test_a_merged_checkpoint_is_a_plain_resized_model_with_the_same_logits(name,
     assert torch.equal(predict(reloaded, VOCABULARY, VOCABULARY + 1), predict(merged, VOCABULARY, VOCABULARY + 1))
 
 
+@pytest.mark.slow
 def test_a_merged_classifier_comes_with_its_tokenizer(tmp_path):
     base = save_bert(tmp_path / "base")
     backbone = Backbone.load(base, labels=LABELS, dtype="float32", device="cpu")

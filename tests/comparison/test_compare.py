@@ -269,6 +269,7 @@ def test_a_merge_that_fails_leaves_the_winner_and_the_report(again, monkeypatch)
     assert "could not be merged" in (out / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_winner_that_cannot_be_merged_is_exported_and_the_best_mergeable_merged(bert, rows_csv, tmp_path, worker):
     idle = {"name": "lora", "learning_rate": 1e-9}
     out = tmp_path / "out"

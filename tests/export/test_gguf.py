@@ -120,6 +120,7 @@ def test_rounding_to_16_bits_is_measured(converter, llama, tmp_path):
     assert (tmp_path / "out" / "model-f16.gguf").is_file()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_first_in_fp32(converter, llama, tmp_path):
     adapter = chat_adapter(llama, LoRA(rank=2), tmp_path / "adapter")
     stored = export_gguf(adapter, tmp_path / "out", kind="f32")

@@ -139,6 +139,7 @@ def test_the_merged_weights_carry_the_base_s_names_and_nothing_else(bert, adapte
     assert not [name for name in merged if "lora" in name or "lightsft" in name or "parametriz" in name]
 
 
+@pytest.mark.slow
 def test_a_chat_model_is_merged_with_its_template(llama, tmp_path):
     adapter, tuned = adapter_on(llama, LoRA(rank=4), tmp_path / "adapter", task="chat", labels=None)
     task = lightsft.task("chat")
@@ -157,6 +158,7 @@ def test_a_chat_model_is_merged_with_its_template(llama, tmp_path):
     assert one.chat_template == other.chat_template
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base_stays_bfloat16_and_its_certificate_allows_one_rounding(tmp_path, no_process):
     base = save_bert(tmp_path / "base", dtype=torch.bfloat16)
     adapter, _ = adapter_on(base, LoRA(rank=4), tmp_path / "adapter", scale=0.1)
@@ -182,6 +184,7 @@ def test_a_peft_folder_is_merged(bert, tmp_path, no_process):
         torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_merged_checkpoint_is_a_base_again(bert, adapter, tmp_path, no_process):
     merged = merge(adapter, out=tmp_path / "merged")
     again, _ = adapter_on(merged, LoRA(rank=2), tmp_path / "again", labels=None)
@@ -259,6 +262,7 @@ def test_a_merge_that_forgets_the_adapter_is_caught_in_half_precision_too(tmp_pa
     caught(adapter, tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_load_elsewhere_is_refused(adapter, tmp_path, monkeypatch):
     honest = transformers.PreTrainedModel.save_pretrained
 
@@ -288,6 +292,7 @@ def test_a_chat_model_with_a_small_vocabulary_is_no_base_of_a_classifier(adapter
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_a_classifier_that_reads_the_state_at_the_end_token_merges(bert, tmp_path):
     """BART's classifier wants the same number of end tokens in each row, also of random inputs."""
     tiny("bart").save_pretrained(tmp_path / "base")
@@ -296,6 +301,7 @@ def test_a_classifier_that_reads_the_state_at_the_end_token_merges(bert, tmp_pat
     assert merge_folder(folder, tmp_path / "merged")["passed"]
 
 
+@pytest.mark.slow
 def test_an_effect_below_the_rounding_of_16_bit_is_refused_and_merges_in_float32(bert, tmp_path):
     base = tmp_path / "base"
     transformers.AutoModelForSequenceClassification.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(base)

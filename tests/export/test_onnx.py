@@ -181,6 +181,7 @@ def test_a_prefix_is_in_the_graph_and_the_model_as_it_was(tmp_path):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 def test_what_depends_on_no_input_is_computed_beforehand(tmp_path):
     """LoReFT's rotation is the Q of a decomposition, for which ONNX has no operation."""
     model = tiny("bert")

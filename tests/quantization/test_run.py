@@ -55,6 +55,7 @@ def test_predicting_quantizes_as_the_training_did(run, command):
     assert row["probabilities"] == pytest.approx(predictor.classify(["the good film"])[0]["probabilities"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_merged_into_a_plain_checkpoint(run, tmp_path):
     _, out, _ = run
     merged = Predictor(merge(out, out=tmp_path / "merged"), device="cpu")
