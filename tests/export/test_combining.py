@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from lightsft.errors import ArtifactError, ConfigurationError
 from lightsft.export.checkpoint_files import read_checkpoint
-from lightsft.export.combining import DENSITY, METHODS, combine, kth_largest
+from lightsft.export.combining import combine
+from lightsft.export.combining_checks import DENSITY, METHODS
 from lightsft.export.layout import entries, plan
+from lightsft.export.sparse_deltas import kth_largest
 from lightsft.export.streaming import write
 from lightsft.export.tile_check import check_tiles
 from lightsft.low_rank import LowRank, tiles
@@ -196,7 +198,7 @@ def test_the_threshold_is_found_once_and_only_when_it_is_needed(monkeypatch):
         passes.append(k)
         return kth_largest(parts, k)
 
-    monkeypatch.setattr("lightsft.export.combining.kth_largest", counted)
+    monkeypatch.setattr("lightsft.export.sparse_deltas.kth_largest", counted)
     change = combine(adapters_of(2), [1, 1], "ties", density=0.2)["w"]
     assert passes == []
     weight = stored_weight()
