@@ -57,8 +57,8 @@ def command(
     check: Annotated[
         str,
         typer.Option(
-            help="How the result is checked: load (plain transformers against base + adapter), tiles (recomputed from "
-            "disk in little memory), none, or auto: load up to 1 GiB, tiles above."
+            help="How the result is checked: load (plain transformers against base + adapter), layers (the same, a "
+            "layer at a time from disk), tiles (rows recomputed), none, or auto: load up to 1 GiB, tiles above."
         ),
     ] = "auto",
     max_shard_size: Annotated[

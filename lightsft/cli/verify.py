@@ -23,7 +23,7 @@ def command(
     data: Annotated[str | None, typer.Option(help="Rows to score before and after.", show_default=False)] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of --data.")] = "utf-8",
     check: Annotated[
-        str, typer.Option(help="load, tiles, none (hashes alone) or auto, as of lightsft merge.")
+        str, typer.Option(help="load, layers, tiles, none (hashes alone) or auto, as of lightsft merge.")
     ] = "auto",
 ) -> None:
     """Repeat the check of a merged checkpoint against the base and the adapter that its certificate names."""

@@ -24,19 +24,19 @@ HALF_PRECISION_RELOAD = 1e-2  # of the largest logit: the same weights in anothe
 CODES_RELOAD = 5e-2  # of the largest logit, in the mean: bitsandbytes evaluates codes with other roundings
 
 
-def logits_of(backbone: Backbone, batches: Sequence[Batch]) -> list[Tensor]:
-    """The logits of each batch in fp32, without dropout."""
+def logits_of(backbone: Backbone, batches: Sequence[Batch], device: torch.device | None = None) -> list[Tensor]:
+    """The logits of each batch in fp32, without dropout; on `device`, by default the model's own."""
+    place = device or backbone.model.device
     with torch.no_grad(), evaluating(backbone.model):
-        return [
-            backbone.model(**{name: value.to(backbone.model.device) for name, value in batch.items()})
-            .logits.float()
-            .cpu()
-            for batch in batches
-        ]
+        inputs = ({name: value.to(place) for name, value in batch.items()} for batch in batches)
+        return [backbone.model(**batch).logits.float().cpu() for batch in inputs]
 
 
-def plain_logits(checkpoint: Path, task: str, batches: Sequence[Batch]) -> list[Tensor]:
-    """The same from a checkpoint folder, by transformers alone in a process where lightsft cannot be imported."""
+def plain_logits(checkpoint: Path, task: str, batches: Sequence[Batch], *, from_disk: bool = False) -> list[Tensor]:
+    """The same from a checkpoint folder, by transformers alone in a process where lightsft cannot be imported.
+
+    `from_disk`: a layer at a time.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         stored, written = Path(scratch) / "batches.safetensors", Path(scratch) / "logits.safetensors"
         save_file({f"{i}.{name}": t.contiguous() for i, b in enumerate(batches) for name, t in b.items()}, stored)
@@ -48,6 +48,7 @@ def plain_logits(checkpoint: Path, task: str, batches: Sequence[Batch]) -> list[
             AUTO_CLASSES[task],
             str(stored),
             str(written),
+            *([str(Path(scratch) / "offload")] if from_disk else []),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:

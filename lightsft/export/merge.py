@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightsft.adapter_files import TENSORS, is_adapter
 from lightsft.errors import ArtifactError, ConfigurationError
+from lightsft.export.checks import Rows, checked_by_loading, checked_on_disk, require_known, way_of
 from lightsft.export.from_disk import DiskMerge, from_disk, require_place
 from lightsft.export.model_card import write_card
 from lightsft.export.provenance import CERTIFICATE, provenance
 from lightsft.export.rounding import MOST_ROUNDING, require_little, total
 from lightsft.export.several import Combination, combined_from_disk
-from lightsft.export.tile_check import check_tiles, require_same_tiles
 from lightsft.files import new_folder, require_free, write_json
 from lightsft.loading_memory import given_back
 from lightsft.schemes import BASE, ORIGINAL, SCHEMES
@@ -21,9 +21,6 @@ from lightsft.schemes import BASE, ORIGINAL, SCHEMES
 if TYPE_CHECKING:
     from lightsft.export.held_out import HeldOut
 
-CHECKS = ("auto", "load", "tiles", "none")
-SMALL = 2**30  # bytes of a checkpoint that is loaded to be checked, unless told otherwise
-Rows = Callable[[], "HeldOut | None"]
 Report = Callable[[int, int], object]  # is told how many bytes more are written, and of how many
 
 
@@ -56,8 +53,9 @@ def merge(
     which is what was trained), "original" (the weights that the codes were made of), or codes again: "int8", "nf4",
     "fp4". With those, `correction_rank` fits a LoRA to what the codes lose and writes it to `out`/correction.
 
-    `check`: "load" (plain transformers, in a process of its own, against base + adapter), "tiles" (recomputed in fp64
-    from disk, for checkpoints too large to load), "none", or "auto": "load" up to 1 GiB, "tiles" above. Loaded, the
+    `check`: "load" (plain transformers, in a process of its own, against base + adapter), for checkpoints too large to
+    load "layers" (the same, a layer at a time from disk) and "tiles" (rows recomputed in fp64 from disk), "none", or
+    "auto": "load" up to 1 GiB, "tiles" above. Loaded, the
     certificate holds the score before and after on rows of `data` (in `encoding`); without it, on the test split of
     the run that `adapter_dir` is of, where its data is still there.
 
@@ -162,9 +160,9 @@ def merge_several(
     """Merge several adapters into their base, from disk to disk; returns the certificate."""
     require_free(out)
     _require_known(BASE, dtype, 0, check, max_shard_size)
-    if check == "load":
+    if check in ("load", "layers"):
         raise ConfigurationError(
-            "check='load' of several adapters", expected="tiles or none: no single strategy is what was merged"
+            f"check={check!r} of several adapters", expected="tiles or none: no single strategy is what was merged"
         )
     plan = combined_from_disk(combination, base, dtype=dtype, max_shard_size=max_shard_size)
     way = "tiles" if check == "auto" else check
@@ -206,23 +204,17 @@ def _checked(
     plan: DiskMerge, folder: Path, base: str | None, rows: HeldOut | Rows | None, check: str, size: int
 ) -> dict[str, Any]:
     """What the chosen check found; raises MergeError where it found something."""
-    way = ("load" if size <= SMALL else "tiles") if check == "auto" else check
+    way = way_of(check, size)
     if way == "none":
         return {"check": way, "passed": None}
-    if way == "tiles":
-        return {"check": way, **require_same_tiles(check_tiles(plan, folder))}
-    from lightsft.export.certificate import require_passed
-    from lightsft.export.loading_check import check_by_loading
-
+    if way != "load":
+        return checked_on_disk(plan, folder, way)
     assert plan.adapter is not None
-    found = check_by_loading(folder, plan.adapter, base, rows() if callable(rows) else rows, plan.dtype or "checkpoint")
-    require_passed(found, wide=plan.dtype == "float32")
-    return {"check": way, **found}
+    return checked_by_loading(folder, plan.adapter, base, rows, plan.dtype or "checkpoint")
 
 
 def _require_known(onto: str, dtype: str, correction_rank: int, check: str, max_shard_size: int | None) -> None:
-    if check not in CHECKS:
-        raise ConfigurationError(f"check={check!r}", expected=f"one of {', '.join(CHECKS)}")
+    require_known(check)
     if max_shard_size is not None and max_shard_size < 1:
         raise ConfigurationError(f"max_shard_size={max_shard_size}", expected="a number of bytes, at least 1")
     if onto not in (BASE, ORIGINAL, *SCHEMES):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightsft.adapter_files import is_adapter
 from lightsft.errors import ArtifactError, ConfigurationError, MergeError
+from lightsft.export.checks import checked_by_loading, checked_on_disk, require_known, way_of
 from lightsft.export.from_disk import from_disk
-from lightsft.export.merge import CHECKS, SMALL
 from lightsft.export.provenance import CERTIFICATE, provenance
 from lightsft.export.several import Combination, combined_from_disk
 from lightsft.export.tile_check import check_tiles, require_same_tiles
@@ -16,7 +16,7 @@ from lightsft.files import read_json
 from lightsft.schemes import BASE
 
 if TYPE_CHECKING:
-    from lightsft.export.merge import Rows
+    from lightsft.export.checks import Rows
 
 
 def verify(
@@ -33,8 +33,7 @@ def verify(
     no certificate or one of the three is gone, MergeError if a file is another than the certificate says, or if the
     checkpoint differs from base + adapter.
     """
-    if check not in CHECKS:
-        raise ConfigurationError(f"check={check!r}", expected=f"one of {', '.join(CHECKS)}")
+    require_known(check)
     then = _certificate(folder)
     if "adapters" in then:
         return _of_several(folder, then, base, check)
@@ -103,20 +102,16 @@ def _found(
     dtype = str(then.get("dtype", "checkpoint"))
     plan = from_disk(adapter, base, dtype=dtype) if then["onto"] == BASE else None
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    way = check if check != "auto" else "load" if plan is None or size <= SMALL else "tiles"
+    way = "load" if check == "auto" and plan is None else way_of(check, size)
     if way == "none":
         return {"check": way, "passed": None}
-    if way == "tiles":
-        if plan is None:
-            raise ConfigurationError(
-                "check='tiles' of a checkpoint that was merged through the model in memory",
-                expected="one that was merged from disk to disk",
-                todo="--check load",
-            )
-        return {"check": way, **require_same_tiles(check_tiles(plan, folder))}
-    from lightsft.export.certificate import require_passed
-    from lightsft.export.loading_check import check_by_loading
-
-    found = check_by_loading(folder, adapter, base, rows() if rows else None, dtype, exact=then["onto"] == BASE)
-    require_passed(found, wide=dtype == "float32")
-    return {"check": way, **found}
+    if way == "load":
+        exact = then["onto"] == BASE
+        return checked_by_loading(folder, adapter, base, rows, dtype, exact=exact)
+    if plan is None:
+        raise ConfigurationError(
+            f"check={way!r} of a checkpoint that was merged through the model in memory",
+            expected="one that was merged from disk to disk",
+            todo="--check load",
+        )
+    return checked_on_disk(plan, folder, way)

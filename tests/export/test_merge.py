@@ -18,6 +18,7 @@ from lightsft.errors import BackboneError, LightsftError, MergeError, OutputErro
 from lightsft.export import certificate as certifying
 from lightsft.export.held_out import HeldOut
 from lightsft.export.merge import merge, merge_folder
+from lightsft.low_rank import LowRank
 from lightsft.primitives.side import PlacedSide
 from lightsft_adapters import Adapter, Full, LoRA, Prefix
 from tests.checkpoints import LABELS, chat_rows, labelled_rows, save_bert, save_llama
@@ -75,6 +76,7 @@ def no_process(monkeypatch):
         return certifying.logits_of(Backbone(kind.from_pretrained(checkpoint, dtype="auto")), batches)
 
     monkeypatch.setattr("lightsft.export.in_memory.plain_logits", here)
+    monkeypatch.setattr("lightsft.export.loading_check.plain_logits", here)
 
 
 # ---- what a merged folder is
@@ -224,22 +226,28 @@ def test_an_empty_folder_is_taken(adapter, tmp_path, no_process):
     assert (merge(adapter, out=tmp_path / "merged") / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("stage", ["certify", "provenance", "write_json", "plain_logits"])
-def test_a_failure_half_way_leaves_nothing(adapter, tmp_path, no_process, monkeypatch, stage):
+STAGES = {
+    "from disk to disk": ["from_disk.write", "loading_check.certify", "loading_check.plain_logits", "merge.write_json"],
+    "in memory": [f"in_memory.{stage}" for stage in ("certify", "provenance", "write_json", "plain_logits")],
+}
+
+
+@pytest.mark.parametrize(("way", "stage"), [(way, stage) for way, stages in STAGES.items() for stage in stages])
+def test_a_failure_half_way_leaves_nothing(adapter, tmp_path, no_process, monkeypatch, way, stage):
     def fail(*arguments, **options):
         raise RuntimeError("half way")
 
     before = contents(adapter)
-    monkeypatch.setattr(f"lightsft.export.in_memory.{stage}", fail)
+    monkeypatch.setattr(f"lightsft.export.{stage}", fail)
     with pytest.raises(RuntimeError, match="half way"):
-        merge(adapter, out=tmp_path / "merged")
+        merge(adapter, out=tmp_path / "merged", streaming=way != "in memory")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
     assert contents(adapter) == before
 
 
-def caught(adapter, out):
+def caught(adapter, out, **options):
     with pytest.raises(MergeError, match=r"differs from base \+ adapter by"):
-        merge(adapter, out=out)
+        merge(adapter, out=out, **options)
     assert {path.name for path in out.parent.iterdir()} <= {"adapter", "base"}
 
 
@@ -252,6 +260,12 @@ def test_a_merge_that_computes_something_else_is_caught(adapter, tmp_path, no_pr
             self.served.weight.data[0, 0] += 1e-2
 
     monkeypatch.setattr(PlacedSide, "merge", tampered)
+    caught(adapter, tmp_path / "merged", streaming=False)
+
+
+def test_a_merge_from_disk_that_computes_something_else_is_caught(adapter, tmp_path, no_process, monkeypatch):
+    honest = LowRank.change
+    monkeypatch.setattr(LowRank, "change", lambda self, weight, rows: honest(self, weight, rows) * 1.01)
     caught(adapter, tmp_path / "merged")
 
 
@@ -259,7 +273,7 @@ def test_a_merge_that_forgets_the_adapter_is_caught_in_half_precision_too(tmp_pa
     base = save_bert(tmp_path / "base", dtype=torch.bfloat16)
     adapter, _ = adapter_on(base, LoRA(rank=4), tmp_path / "adapter", scale=0.1)
     monkeypatch.setattr(PlacedSide, "merge", PlacedSide.remove)
-    caught(adapter, tmp_path / "merged")
+    caught(adapter, tmp_path / "merged", streaming=False)
 
 
 @pytest.mark.slow
@@ -273,12 +287,12 @@ def test_a_checkpoint_that_does_not_load_elsewhere_is_refused(adapter, tmp_path,
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", truncated)
     with pytest.raises(MergeError, match="does not load with plain transformers"):
-        merge(adapter, out=tmp_path / "merged")
+        merge(adapter, out=tmp_path / "merged", streaming=False)
     assert not (tmp_path / "merged").exists()
 
 
 def test_another_base_is_refused(adapter, tmp_path):
-    with pytest.raises(LightsftError, match="another backbone"):
+    with pytest.raises(LightsftError, match=r"another (backbone|model)"):
         merge(adapter, base=save_bert(tmp_path / "other", seed=3), out=tmp_path / "merged")
     with pytest.raises(BackboneError, match="no folder"):
         merge(adapter, base="./nowhere", out=tmp_path / "merged")
