@@ -19,6 +19,7 @@ from lightsft import adapter_files
 from lightsft.errors import ConfigurationError
 from lightsft.export.gguf_check import LIMITS, add_lora, compared, compared_lora, read_back, require_close, same_tokens
 from lightsft.export.gguf_converter import LLAMA_CPP, LORA, MODEL, Conversion, convert
+from lightsft.export.plain_checkpoint import architecture, require_plain
 from lightsft.files import new_folder, read_json, require_free, sha256, write_json
 
 TYPES = tuple(LIMITS)
@@ -155,25 +156,9 @@ def _require_lora(source: Path) -> None:
 
 def _require_checkpoint(folder: Path, base: str | None) -> None:
     """A checkpoint in floating point of a model that generates text, of a class of transformers."""
-    if not (folder / "config.json").is_file():
-        raise ConfigurationError(
-            f"{folder} is neither an adapter folder nor a checkpoint folder",
-            expected="a folder written by lightsft train or merge, or by transformers",
-            todo="check the path; a hub id has to be downloaded first",
-        )
-    if base is not None:
-        raise ConfigurationError(
-            f"{folder} is a whole checkpoint, and --base {base} was given", expected="no base", todo="leave --base out"
-        )
-    config = read_json(folder / "config.json")
-    if config.get("quantization_config"):
-        raise ConfigurationError(
-            f"{folder} holds codes ({config['quantization_config'].get('quant_method')})",
-            expected="weights in floating point",
-            todo="merge onto plain weights (lightsft merge --onto base) and export that folder",
-        )
+    config = require_plain(folder, base)
     _require_no_code(folder)
-    _require_generative(folder, (config.get("architectures") or ["a model of no class"])[0])
+    _require_generative(folder, architecture(config))
 
 
 def _require_generative(folder: Path, name: str) -> None:

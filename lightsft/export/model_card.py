@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightsft.adapter_files import read_peft_settings, read_settings
+from lightsft.export.provenance import CERTIFICATE
 from lightsft.files import write_text
 
 CARD = "README.md"
@@ -66,3 +67,24 @@ def _found(certificate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         {"load": "loaded by plain transformers", "tiles": "from disk, in fp64"}.get(certificate["check"], "not at all"),
     )
     yield "versions", ", ".join(f"{name} {version}" for name, version in certificate["versions"].items())
+
+
+def write_export_card(folder: Path, certificate: Mapping[str, Any]) -> None:
+    """README.md of a model in another tool's format, from its certificate."""
+    base = Path(str(certificate["base"])).name if Path(str(certificate["base"])).is_absolute() else certificate["base"]
+    adapter, found = certificate.get("adapter"), certificate["compared"]
+    form = certificate["format"]
+    lines = ["---", f"library_name: {form}", "tags:", "- lightsft", f"- {form}", "---", ""]
+    lines += [f"# {base}{', fine-tuned' if adapter else ''}, for {form}", ""]
+    lines += ["| | |", "|---|---|", f"| base | `{base}` |"]
+    if adapter:
+        lines.append(f"| trained | {_strategy(Path(adapter))} |")
+    lines += [
+        f"| type | {certificate['type']}, {certificate['bytes'] / 1e6:.1f} MB |",
+        f"| converted by | {certificate['converter']['package']} |",
+        f"| checked | {found['compared']} of {found['inputs']} rows of random tokens, beside the checkpoint in torch |",
+        f"| largest difference | {found['largest_difference']:.2g} at values of up to {found['largest_value']:.3g} |",
+        f"| versions | {', '.join(f'{name} {version}' for name, version in certificate['versions'].items())} |",
+    ]
+    lines += ["", f"`{CERTIFICATE}` has all figures and hashes.", ""]
+    write_text(folder / CARD, "\n".join(lines))

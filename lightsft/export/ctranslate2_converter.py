@@ -1,0 +1,167 @@
+"""CTranslate2's own converter and runtime, in an environment of their own."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightsft.errors import ConfigurationError, MergeError
+from lightsft.export.checkpoint_files import read_checkpoint
+from lightsft.export.tool_environment import Package, in_environment, tool_environment
+from lightsft.files import read_json, write_json
+
+CTRANSLATE2 = Package("ctranslate2", "4.8.5")
+PACKAGES = (CTRANSLATE2,)
+SCRIPT = Path(__file__).with_name("ctranslate2_script.py")
+SETTINGS = "config.json"
+_NAMES = ("bos_token", "eos_token", "unk_token")
+_LAST_LINES = 3
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One call of the converter; `source` is what the user has, where the checkpoint is made on the way."""
+
+    checkpoint: Path
+    out: Path
+    type: str
+    source: str
+
+    def by_hand(self) -> str:
+        """The command for a shell in which ctranslate2 is installed."""
+        return f"{self.source}; " * bool(self.source) + self._command()
+
+    def _command(self) -> str:
+        checkpoint = "merged" if self.source else str(self.checkpoint)
+        options = ["--model", checkpoint, "--output_dir", "converted", "--quantization", self.type]
+        return shlex.join(["ct2-transformers-converter", *options])
+
+    def with_another(self) -> str:
+        """What the user can do without us."""
+        return f"nothing was written; with another version of ctranslate2 or transformers: {self.by_hand()}"
+
+
+def known() -> dict[str, str]:
+    """The configurations that the converter knows, with the class that it reads for each: asked of itself."""
+    done = _run("known")
+    if done.returncode != 0:
+        raise ConfigurationError(
+            f"{CTRANSLATE2.requirement} does not run here: {_last(done)}",
+            expected="a machine that its wheels are made for",
+            todo="export with --to onnx or --to gguf",
+        )
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def convert(conversion: Conversion) -> None:
+    """Write model.bin, its config.json and its vocabulary.
+
+    Raises ConfigurationError, with what the converter said last, where it fails.
+    """
+    with _told_more(conversion.checkpoint) as checkpoint:
+        options = ("--model", str(checkpoint), "--output_dir", str(conversion.out), "--quantization", conversion.type)
+        done = _run("convert", *options)
+    if done.returncode != 0 or not (conversion.out / "model.bin").is_file():
+        raise ConfigurationError(
+            f"the converter of CTranslate2 ({CTRANSLATE2.requirement}) fails with transformers "
+            f"{version('transformers')}:\n{_last(done)}",
+            expected="a model that it converts",
+            todo=conversion.with_another(),
+        )
+    _name_nothing(conversion.out / SETTINGS)
+
+
+def read_back(folder: Path, inputs: Mapping[str, Any]) -> tuple[list[Tensor], str]:
+    """What a converted model makes of each row, and the type that it was computed in."""
+    with tempfile.TemporaryDirectory() as scratch:
+        given, written = Path(scratch) / "inputs.json", Path(scratch) / "outputs.safetensors"
+        given.write_text(json.dumps(inputs), encoding="utf-8")
+        done = _run("run", str(folder), str(given), str(written))
+        if done.returncode != 0:
+            raise MergeError(
+                f"CTranslate2 cannot run what its converter wrote: {_last(done)}",
+                expected="a model that it loads",
+                todo="nothing was written; report it with the model's name",
+            )
+        found = load_file(written)
+        return [found[str(number)] for number in range(len(found))], json.loads(done.stdout.splitlines()[-1])
+
+
+def old_settings(checkpoint: Path) -> dict[str, object]:
+    """What the converter asks a configuration of transformers 4, and those that transformers 5 writes do not say.
+
+    Read off the checkpoint: positions are added where nothing says otherwise (5 knows no other way), and where the norms
+    of an encoder-decoder lie shows in the names of its weights.
+    """
+    names = read_checkpoint(checkpoint).tensors
+    said = {
+        "position_embedding_type": "absolute",
+        "normalize_before": any(name.endswith("encoder.layer_norm.weight") for name in names),
+        "normalize_embedding": any(name.endswith("encoder.layernorm_embedding.weight") for name in names),
+    }
+    config = read_json(checkpoint / SETTINGS)
+    return {name: value for name, value in said.items() if name not in config}
+
+
+@contextmanager
+def _told_more(checkpoint: Path) -> Iterator[Path]:
+    """A folder of links to a checkpoint, whose configuration says what the converter asks."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in checkpoint.iterdir():
+            if file.name != SETTINGS:
+                _link(file, Path(scratch) / file.name)
+        write_json(Path(scratch) / SETTINGS, old_settings(checkpoint) | read_json(checkpoint / SETTINGS))
+        yield Path(scratch)
+
+
+def _link(file: Path, place: Path) -> None:
+    try:
+        place.symlink_to(file.resolve(), target_is_directory=file.is_dir())
+    except OSError:  # Windows lets few users make links
+        if file.is_file():
+            shutil.copyfile(file, place)
+
+
+def _name_nothing(path: Path) -> None:
+    """A special token that the tokenizer does not have is "", as the converter has it for some models: null is written
+    for others, and CTranslate2 does not load it."""
+    settings = read_json(path)
+    absent = {name: "" for name in _NAMES if name in settings and settings[name] is None}
+    if absent:
+        write_json(path, settings | absent)
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = in_environment(tool_environment("ctranslate2", PACKAGES))
+    return subprocess.run(
+        [sys.executable, "-P", str(SCRIPT), *arguments],
+        stdin=subprocess.DEVNULL,  # transformers asks there whether to run code that came with a checkpoint
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+        check=False,
+    )
+
+
+def _last(done: subprocess.CompletedProcess[str]) -> str:
+    """What it said last: the error of a traceback without its frames."""
+    lines = [line.rstrip() for line in done.stderr.splitlines() if line.strip()]
+    frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
+    after = lines[frames[-1] + 1 :] if frames else lines
+    return "\n".join((after or lines)[-_LAST_LINES:])[-900:] or f"exit status {done.returncode}"
