@@ -1,8 +1,8 @@
 """A model of CTranslate2 against the checkpoint that it was made of: the same tokens, in padded batches.
 
-    generator     logits of every token                                  decoders
-    translator    log probabilities of a given target and of its end     encoder-decoders
-    encoder       last hidden states                                     encoders
+generator     logits of every token                                  decoders
+translator    log probabilities of a given target and of its end     encoder-decoders
+encoder       last hidden states                                     encoders
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Batches of rows of token ids; beside them target rows of a translator, token types of an encoder that has some."""
+    """Batches of rows of token ids, with the targets of a translator or the token types of an encoder that has some."""
 
     kind: str
     batches: list[Rows]
@@ -77,7 +77,9 @@ def random_inputs(backbone: Backbone, kind: str) -> Inputs:
         others = [rows(group[::-1]) for group in grouped]
     elif kind == "encoder" and int(getattr(config, "type_vocab_size", 0) or 0) > 0:
         last = int(config.type_vocab_size) - 1
-        others = [[[min(last, 2 * place // len(row)) for place in range(len(row))] for row in batch] for batch in batches]
+        others = [
+            [[min(last, 2 * place // len(row)) for place in range(len(row))] for row in batch] for batch in batches
+        ]
     return Inputs(kind, batches, others)
 
 

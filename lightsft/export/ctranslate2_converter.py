@@ -26,7 +26,7 @@ from lightsft.files import read_json, write_json
 CTRANSLATE2 = Package("ctranslate2", "4.8.5")
 PACKAGES = (CTRANSLATE2,)
 SCRIPT = Path(__file__).with_name("ctranslate2_script.py")
-SETTINGS = "config.json"
+SETTINGS, KNOWN = "config.json", "known.json"
 _NAMES = ("bos_token", "eos_token", "unk_token")
 _LAST_LINES = 3
 
@@ -55,7 +55,11 @@ class Conversion:
 
 
 def known() -> dict[str, str]:
-    """The configurations that the converter knows, with the class that it reads for each: asked of itself."""
+    """The configurations that the converter knows, with the class that it reads for each: asked of itself, once."""
+    kept = tool_environment("ctranslate2", PACKAGES) / KNOWN
+    if kept.is_file():
+        found: dict[str, str] = read_json(kept)
+        return found
     done = _run("known")
     if done.returncode != 0:
         raise ConfigurationError(
@@ -63,7 +67,8 @@ def known() -> dict[str, str]:
             expected="a machine that its wheels are made for",
             todo="export with --to onnx or --to gguf",
         )
-    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    write_json(kept, found)
     return found
 
 
@@ -104,8 +109,8 @@ def read_back(folder: Path, inputs: Mapping[str, Any]) -> tuple[list[Tensor], st
 def old_settings(checkpoint: Path) -> dict[str, object]:
     """What the converter asks a configuration of transformers 4, and those that transformers 5 writes do not say.
 
-    Read off the checkpoint: positions are added where nothing says otherwise (5 knows no other way), and where the norms
-    of an encoder-decoder lie shows in the names of its weights.
+    Read off the checkpoint: positions are added (5 knows no other way), and where the norms of an encoder-decoder lie
+    shows in the names of its weights.
     """
     names = read_checkpoint(checkpoint).tensors
     said = {

@@ -80,11 +80,11 @@ def _converted(conversion: Conversion, folder: Path, merged: dict[str, Any]) -> 
     del backbone
     found, computed_in = read_back(conversion.out, spelled)
     described = compared(wanted, found, kind, conversion.type)
-    wider = "" if conversion.type == "float32" else "a type with more bits is closer: --type float32; "
-    require_close(described, f"{conversion.with_another()}" if not wider else f"nothing was written; {wider[:-2]}")
+    wider = "nothing was written; a type with more bits is closer: --type float32"
+    require_close(described, conversion.with_another() if conversion.type == "float32" else wider)
     _copy(checkpoint, conversion.out, folder)
-    found_all = {"kind": kind, "computed_in": computed_in, "tokens_left_out": left_out, "compared": described}
-    return _certify(conversion, folder, found_all, merged)
+    measured = {"kind": kind, "computed_in": computed_in, "tokens_left_out": left_out, "compared": described}
+    return _certify(conversion, folder, measured, merged)
 
 
 def _kind(checkpoint: Path, conversion: Conversion) -> str:
@@ -128,7 +128,8 @@ def _loaded(checkpoint: Path) -> Backbone:
     backbone = Backbone.load(checkpoint, task=None, kind=kind, dtype="float32", device="cpu")
     if backbone.tokenizer is None:
         raise ConfigurationError(
-            f"{checkpoint} holds no tokenizer, of which CTranslate2's vocabulary is made", expected="its tokenizer files"
+            f"{checkpoint} holds no tokenizer, of which CTranslate2's vocabulary is made",
+            expected="its tokenizer files",
         )
     return backbone
 
@@ -179,9 +180,9 @@ def _require_no_classifier(adapter: Path) -> str | None:
     from lightsft.backbone import AUTO_CLASSES
 
     settings, peft = adapter_files.read_settings(adapter) or {}, adapter_files.read_peft_settings(adapter) or {}
-    task = (settings.get("task") or {}).get("name")
+    task = str((settings.get("task") or {}).get("name"))
     said = AUTO_CLASSES.get(task, "") or str(peft.get("task_type") or "")
-    if said.endswith("Classification") or said.endswith("_CLS"):
+    if said.endswith(("Classification", "_CLS")):
         raise ConfigurationError(
             f"{adapter} holds a classifier, and CTranslate2 has no place for its head",
             expected="a language model, an encoder-decoder, or an encoder without a head",

@@ -5,8 +5,8 @@
     python -P ctranslate2_script.py run MODEL INPUTS OUTPUTS    what a converted model computes
 
 INPUTS is JSON: "kind" (generator, translator or encoder), "batches" of rows of tokens, "targets" for a translator and
-"types" for an encoder with token types. OUTPUTS is safetensors, a tensor for each row, by its number: the logits of each
-token, the log probabilities of the target and of the end, or the last hidden states.
+"types" for an encoder (null without token types). OUTPUTS is safetensors, a tensor for each row, by its number: the
+logits of each token, the log probabilities of the target and of the end, or the last hidden states.
 """
 
 import json

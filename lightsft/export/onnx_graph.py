@@ -23,64 +23,27 @@ if TYPE_CHECKING:
     from lightsft.export.held_out import HeldOut
     from lightsft.export.onnx_check import Batch
 
-FORMATS, QUANTIZATIONS = ("onnx",), ("int8",)
+QUANTIZATIONS = ("int8",)
 LIMIT = 1e-4  # of the largest logit: fp32 arithmetic in another order
 LEAST_AGREEMENT = 0.95  # share of positions at which int8 has to choose what fp32 chooses
-
-
-def export(
-    adapter: str | Path,
-    *,
-    out: str | Path,
-    to: str = "onnx",
-    base: str | Path | None = None,
-    quantize: str | None = None,
-    data: str | Path | None = None,
-    encoding: str = "utf-8",
-    force: bool = False,
-    dequantize: bool = False,
-) -> Path:
-    """Write `adapter` (or a merged checkpoint) as an ONNX graph to `out`; returns `out`.
-
-    `quantize="int8"` keeps its weights in 8 bits; `force` keeps that graph even if it often chooses another label than
-    the one in fp32. `data` holds rows to score, by default the test split of the run. `dequantize` takes a base that
-    was kept in codes as the weights that they stand for.
-
-    Raises MergeError where the model cannot be traced or the graph computes something else, ConfigurationError for what
-    cannot be asked for, OutputError if `out` holds something.
-    """
-
-    def rows() -> HeldOut | None:
-        from lightsft.export.held_out import held_out
-
-        return held_out(Path(adapter), None if data is None else str(data), encoding)
-
-    export_folder(
-        Path(adapter),
-        Path(out),
-        to=to,
-        base=None if base is None else str(base),
-        quantize=quantize,
-        rows=rows,
-        force=force,
-        dequantize=dequantize,
-    )
-    return Path(out)
 
 
 def export_folder(
     adapter: Path,
     out: Path,
     *,
-    to: str = "onnx",
     base: str | None = None,
     quantize: str | None = None,
     rows: HeldOut | Callable[[], HeldOut | None] | None = None,
     force: bool = False,
     dequantize: bool = False,
 ) -> dict[str, Any]:
-    """Trace, check on random tokens and on `rows`, write; returns the certificate."""
-    _require_known(to, quantize)
+    """Trace, check on random tokens and on `rows`, write; returns the certificate.
+
+    Raises MergeError where the model cannot be traced or the graph computes something else, ConfigurationError for what
+    cannot be asked for, OutputError if `out` holds something.
+    """
+    _require_known(quantize)
     require_free(out)
     require_packages()
     require_no_generation(adapter)
@@ -143,9 +106,7 @@ def _exported(loaded: Loaded, folder: Path, rows: HeldOut | None, quantize: str 
     return certificate
 
 
-def _require_known(to: str, quantize: str | None) -> None:
-    if to not in FORMATS:
-        raise ConfigurationError(f"no format {to!r}", expected=f"one of {', '.join(FORMATS)}")
+def _require_known(quantize: str | None) -> None:
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise ConfigurationError(f"quantize={quantize!r}", expected=f"one of {', '.join(QUANTIZATIONS)}, or none")
 

@@ -17,10 +17,10 @@ import transformers
 import lightsft
 from lightsft import Backbone, registry
 from lightsft.errors import ConfigurationError, MergeError
-from lightsft.export import onnx_graph
+from lightsft.export import export, onnx_graph
 from lightsft.export.held_out import HeldOut
 from lightsft.export.onnx_check import OnnxModel, answers, compared, random_batches
-from lightsft.export.onnx_graph import LIMIT, export, export_folder
+from lightsft.export.onnx_graph import LIMIT, export_folder
 from lightsft.export.onnx_tracing import Traced, trace_to_onnx
 from lightsft_adapters import Adapter, LoRA
 from tests.checkpoints import LABELS, labelled_rows, save_bert
@@ -246,7 +246,7 @@ def test_models_with_other_answers_are_exported(bert, tmp_path, kind):
 def test_a_merged_checkpoint_is_exported(bert, tmp_path):
     folder, tuned = adapter_on(bert, LoRA(rank=4), tmp_path / "adapter", scale=0.2)
     lightsft.merge(folder, out=tmp_path / "merged", check="none")
-    export(tmp_path / "merged", out=tmp_path / "graph")
+    export(tmp_path / "merged", out=tmp_path / "graph", to="onnx")
     found = elsewhere(tmp_path / "graph")
     torch.testing.assert_close(torch.tensor(found["together"]), torch.stack(tuned), rtol=1e-4, atol=1e-5)
 
@@ -272,9 +272,9 @@ def test_int8_is_smaller_and_reported_beside_fp32(command, traced_already, tmp_p
 def test_int8_that_often_chooses_another_label_is_refused_unless_forced(traced_already, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "LEAST_AGREEMENT", 1.01)
     with pytest.raises(MergeError, match=r"agrees with fp32 on 100\.0 %"):
-        export(traced_already.adapter, out=tmp_path / "graph", quantize="int8")
+        export(traced_already.adapter, out=tmp_path / "graph", to="onnx", quantize="int8")
     assert not (tmp_path / "graph").exists()
-    export(traced_already.adapter, out=tmp_path / "graph", quantize="int8", force=True)
+    export(traced_already.adapter, out=tmp_path / "graph", to="onnx", quantize="int8", force=True)
     assert json.loads((tmp_path / "graph" / "certificate.json").read_text())["int8"]["forced"]
 
 
@@ -284,7 +284,7 @@ def test_int8_that_often_chooses_another_label_is_refused_unless_forced(traced_a
 def test_a_graph_that_computes_something_else_is_refused(bert, traced_already, tmp_path):
     other, _ = adapter_on(bert, Adapter(), tmp_path / "adapter", scale=0.19)
     with pytest.raises(MergeError, match="the graph differs from the model by"):
-        export(other, out=tmp_path / "graph")
+        export(other, out=tmp_path / "graph", to="onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
@@ -294,14 +294,14 @@ def test_a_model_that_cannot_be_traced_is_refused_with_the_reason(exported, tmp_
 
     monkeypatch.setattr(torch.export, "export", fail)
     with pytest.raises(MergeError, match=r"cannot be traced into one graph: if x.sum\(\) > 0"):
-        export(exported.adapter, out=tmp_path / "graph")
+        export(exported.adapter, out=tmp_path / "graph", to="onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones(command, exported, tmp_path):
     refused(command("export", exported.adapter, "--to", "coreml", "--out", tmp_path / "graph"), "coreml", "one of onnx")
     with pytest.raises(ConfigurationError, match="one of int8"):
-        export(exported.adapter, out=tmp_path / "graph", quantize="int3")
+        export(exported.adapter, out=tmp_path / "graph", to="onnx", quantize="int3")
 
 
 def test_an_occupied_folder_is_refused_and_untouched(command, exported, tmp_path):
@@ -313,19 +313,19 @@ def test_an_occupied_folder_is_refused_and_untouched(command, exported, tmp_path
 def test_missing_packages_are_named_with_the_command(exported, tmp_path, monkeypatch):
     monkeypatch.setattr("lightsft.export.onnx_source.find_spec", lambda name: None if name != "onnx" else name)
     with pytest.raises(ConfigurationError, match=r"(?s)onnxscript, onnxruntime are.*pip install lightsft\[onnx\]"):
-        export(exported.adapter, out=tmp_path / "graph")
+        export(exported.adapter, out=tmp_path / "graph", to="onnx")
 
 
 def test_a_chat_model_is_refused_with_the_way_out(llama, tmp_path):
     adapter, _ = adapter_on(llama, LoRA(rank=2), tmp_path / "adapter", task="chat", labels=None)
     for folder in (adapter, llama):
         with pytest.raises(ConfigurationError, match=r"(?s)generates text.*lightsft merge"):
-            export(folder, out=tmp_path / "graph")
+            export(folder, out=tmp_path / "graph", to="onnx")
 
 
 def test_another_base_is_refused(exported, tmp_path):
     with pytest.raises(lightsft.LightsftError, match="another backbone"):
-        export(exported.adapter, base=save_bert(tmp_path / "other", seed=3), out=tmp_path / "graph")
+        export(exported.adapter, base=save_bert(tmp_path / "other", seed=3), out=tmp_path / "graph", to="onnx")
 
 
 @pytest.mark.slow
@@ -334,8 +334,8 @@ def test_a_base_in_codes_is_refused_or_taken_as_what_the_codes_stand_for(bert, t
     backbone = Backbone.load(bert, dtype="float32", device="cpu", quantization="nf4", **labels)
     randomise(Adapter().inject(backbone), scale=0.2).save(tmp_path / "adapter")
     with pytest.raises(ConfigurationError, match=r"(?s)kept in codes \(nf4.*merge first.*--dequantize"):
-        export(tmp_path / "adapter", out=tmp_path / "graph")
-    export(tmp_path / "adapter", out=tmp_path / "graph", dequantize=True)
+        export(tmp_path / "adapter", out=tmp_path / "graph", to="onnx")
+    export(tmp_path / "adapter", out=tmp_path / "graph", to="onnx", dequantize=True)
     inputs = backbone.tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = backbone.model.eval()(**inputs).logits
