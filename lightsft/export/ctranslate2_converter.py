@@ -90,8 +90,8 @@ def convert(conversion: Conversion) -> None:
     _name_nothing(conversion.out / SETTINGS)
 
 
-def read_back(folder: Path, inputs: Mapping[str, Any]) -> tuple[list[Tensor], str]:
-    """What a converted model makes of each row, and the type that it was computed in."""
+def read_back(folder: Path, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """What a converted model makes of each row, by the type that it was computed in: float32 comes first."""
     with tempfile.TemporaryDirectory() as scratch:
         given, written = Path(scratch) / "inputs.json", Path(scratch) / "outputs.safetensors"
         given.write_text(json.dumps(inputs), encoding="utf-8")
@@ -103,7 +103,9 @@ def read_back(folder: Path, inputs: Mapping[str, Any]) -> tuple[list[Tensor], st
                 todo="nothing was written; report it with the model's name",
             )
         found = load_file(written)
-        return [found[str(number)] for number in range(len(found))], json.loads(done.stdout.splitlines()[-1])
+        types = json.loads(done.stdout.splitlines()[-1])
+        rows = range(len(found) // len(types))
+        return {kind: [found[f"{kind}.{number}"] for number in rows] for kind in types}
 
 
 def old_settings(checkpoint: Path) -> dict[str, object]:

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from lightsft import adapter_files
 from lightsft.errors import ConfigurationError
 from lightsft.export.ctranslate2_check import (
+    EXACT,
     LIMITS,
     compared,
+    compared_in_8_bits,
     expected,
     random_inputs,
     require_close,
@@ -29,6 +31,8 @@ from lightsft.export.plain_checkpoint import architecture, require_plain
 from lightsft.files import new_folder, read_json, require_free, sha256, write_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lightsft.backbone import Backbone
 
 TYPES = tuple(LIMITS)
@@ -78,13 +82,23 @@ def _converted(conversion: Conversion, folder: Path, merged: dict[str, Any]) -> 
     wanted = expected(backbone, inputs, settings)
     spelled = inputs.as_text(backbone.tokenizer)
     del backbone
-    found, computed_in = read_back(conversion.out, spelled)
-    described = compared(wanted, found, kind, conversion.type)
-    wider = "nothing was written; a type with more bits is closer: --type float32"
-    require_close(described, conversion.with_another() if conversion.type == "float32" else wider)
+    measured = _compared(wanted, read_back(conversion.out, spelled), kind, conversion)
     _copy(checkpoint, conversion.out, folder)
-    measured = {"kind": kind, "computed_in": computed_in, "tokens_left_out": left_out, "compared": described}
-    return _certify(conversion, folder, measured, merged)
+    return _certify(conversion, folder, {"kind": kind, "tokens_left_out": left_out, **measured}, merged)
+
+
+def _compared(
+    wanted: list[Tensor], found: dict[str, list[Tensor]], kind: str, conversion: Conversion
+) -> dict[str, Any]:
+    """With the weights as the values that they stand for; and as it computes by default, where that is not the same."""
+    wider = "nothing was written; a type with more bits is closer: --type float32"
+    todo = conversion.with_another() if conversion.type == EXACT else wider
+    measured = {"compared": compared(wanted, found.pop(EXACT), kind, conversion.type)}
+    require_close(measured["compared"], todo)
+    for computed_in, rows in found.items():
+        measured["compared_in_8_bits"] = compared_in_8_bits(wanted, rows, kind, conversion.type, computed_in)
+        require_close(measured["compared_in_8_bits"], todo)
+    return measured
 
 
 def _kind(checkpoint: Path, conversion: Conversion) -> str:

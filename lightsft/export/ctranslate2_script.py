@@ -5,8 +5,8 @@
     python -P ctranslate2_script.py run MODEL INPUTS OUTPUTS    what a converted model computes
 
 INPUTS is JSON: "kind" (generator, translator or encoder), "batches" of rows of tokens, "targets" for a translator and
-"types" for an encoder (null without token types). OUTPUTS is safetensors, a tensor for each row, by its number: the
-logits of each token, the log probabilities of the target and of the end, or the last hidden states.
+"types" for an encoder (null without token types). OUTPUTS is safetensors, a tensor TYPE.NUMBER for each type that was
+computed in and each row: the logits of its tokens, the log probabilities of target and end, or the last hidden states.
 """
 
 import json
@@ -32,17 +32,25 @@ def convert() -> None:
 
 
 def run(folder: str, inputs: str, outputs: str) -> None:
-    """Compute every row, write, and print the type that was computed in."""
+    """Compute every row with the weights as fp32, and in what CTranslate2 takes by default where that is another type;
+    write, and print the types in this order."""
     import ctranslate2
     from safetensors.numpy import save_file
 
     with open(inputs, encoding="utf-8") as file:
         given = json.load(file)
     kind = {"generator": ctranslate2.Generator, "translator": ctranslate2.Translator, "encoder": ctranslate2.Encoder}
-    model = kind[given["kind"]](folder, device="cpu")
-    rows = {"generator": _logits, "translator": _scores, "encoder": _states}[given["kind"]](model, given)
-    save_file({str(number): np.ascontiguousarray(row, dtype=np.float32) for number, row in enumerate(rows)}, outputs)
-    print(json.dumps(model.compute_type))
+    compute = {"generator": _logits, "translator": _scores, "encoder": _states}[given["kind"]]
+    found: dict[str, np.ndarray] = {}
+    types: list[str] = []
+    for wanted in ("float32", "default"):
+        model = kind[given["kind"]](folder, device="cpu", compute_type=wanted)
+        if model.compute_type not in types:
+            types.append(model.compute_type)
+            for number, row in enumerate(compute(model, given)):
+                found[f"{types[-1]}.{number}"] = np.array(row, dtype=np.float32)
+    save_file(found, outputs)
+    print(json.dumps(types))
 
 
 def _logits(model: Any, given: Mapping[str, Any]) -> Iterator[np.ndarray]:

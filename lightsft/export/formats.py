@@ -112,7 +112,14 @@ def _ctranslate2(source: Path, out: Path, base: str | None, *, type: str = "floa
     from lightsft.export.ctranslate2_folder import export_ctranslate2
 
     certificate = export_ctranslate2(source, out, base=base, kind=type)
-    return Exported(out, certificate, _one_file(out, certificate))
+    said = _one_file(out, certificate)
+    if "compared_in_8_bits" in certificate:
+        found = certificate["compared_in_8_bits"]
+        same = (
+            f", the same top prediction at {found['same_top_prediction']:.1%}" if "same_top_prediction" in found else ""
+        )
+        said["in 8 bits"] = f"mean difference {found['mean_difference']:.2g}, as {found['computed_in']} computes{same}"
+    return Exported(out, certificate, said)
 
 
 FORMATS: Mapping[str, Callable[..., Exported]] = {"onnx": _onnx, "gguf": _gguf, "ctranslate2": _ctranslate2}
@@ -120,15 +127,15 @@ FORMATS: Mapping[str, Callable[..., Exported]] = {"onnx": _onnx, "gguf": _gguf, 
 
 def _one_file(out: Path, certificate: Mapping[str, Any]) -> dict[str, str]:
     found = certificate["compared"]
-    same = (
-        f"; the same top prediction at {found['same_top_prediction']:.1%} of {found['positions']} positions"
-        if "same_top_prediction" in found
-        else f", at {found['positions']} positions"
-    )
+    limited = found.get("limited", "largest_difference")
+    same = "at"
+    if "same_top_prediction" in found:
+        same = f"the same top prediction at {found['same_top_prediction']:.1%} of"
     return {
         "exported": f"{out / next(iter(certificate['sha256']))}, {certificate['bytes'] / 1e6:.1f} MB",
-        "certificate": f"{out / 'certificate.json'}: largest difference {found['largest_difference']:.2g} at "
-        f"{found.get('compared', 'logits')} of up to {found['largest_value']:.3g}, limit {found['limit']:.2g}{same}",
+        "certificate": f"{out / 'certificate.json'}: {limited.replace('_', ' ')} {found[limited]:.2g} at "
+        f"{found.get('compared', 'logits')} of up to {found['largest_value']:.3g}, limit {found['limit']:.2g}; "
+        f"{same} {found['positions']} positions",
     }
 
 

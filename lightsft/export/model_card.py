@@ -72,8 +72,8 @@ def _found(certificate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def write_export_card(folder: Path, certificate: Mapping[str, Any]) -> None:
     """README.md of a model in another tool's format, from its certificate."""
     base = Path(str(certificate["base"])).name if Path(str(certificate["base"])).is_absolute() else certificate["base"]
-    adapter, found = certificate.get("adapter"), certificate["compared"]
-    form = certificate["format"]
+    adapter, form, found = certificate.get("adapter"), certificate["format"], certificate["compared"]
+    apart = f"{found['largest_difference']:.2g}, {found['mean_difference']:.2g}"
     lines = ["---", f"library_name: {form}", "tags:", "- lightsft", f"- {form}", "---", ""]
     lines += [f"# {base}{', fine-tuned' if adapter else ''}, for {form}", ""]
     lines += ["| | |", "|---|---|", f"| base | `{base}` |"]
@@ -83,7 +83,7 @@ def write_export_card(folder: Path, certificate: Mapping[str, Any]) -> None:
         f"| type | {certificate['type']}, {certificate['bytes'] / 1e6:.1f} MB |",
         f"| converted by | {certificate['converter']['package']} |",
         f"| checked | {found['compared']} of {found['inputs']} rows of random tokens, beside the checkpoint in torch |",
-        f"| largest difference | {found['largest_difference']:.2g} at values of up to {found['largest_value']:.3g} |",
+        f"| largest, mean difference | {apart} at values of up to {found['largest_value']:.3g} |",
         f"| versions | {', '.join(f'{name} {version}' for name, version in certificate['versions'].items())} |",
     ]
     lines += ["", f"`{CERTIFICATE}` has all figures and hashes.", ""]

@@ -36,7 +36,7 @@ KNOWN = {"LlamaConfig": "LlamaForCausalLM", "BertConfig": "BertModel", "GPT2Conf
 class StandIn:
     """In the place of `_run`: a converter of causal models, and a runtime that takes one row after the other."""
 
-    factor, model = 1.0, None
+    factor, factor_in_8_bits = 1.0, 0.0
 
     def __call__(self, command, *arguments):
         return subprocess.CompletedProcess([], 0, getattr(self, command)(*arguments), "")
@@ -45,7 +45,7 @@ class StandIn:
         given = dict(zip(arguments[::2], arguments[1::2], strict=True))
         source, out = Path(given["--model"]), Path(given["--output_dir"])
         out.mkdir()
-        kind = getattr(torch, given["--quantization"], torch.float32)
+        kind = torch.bfloat16 if given["--quantization"] == "bfloat16" else torch.float32
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(source).to(kind).float().eval()
         (out / "model.bin").write_bytes((source / "model.safetensors").read_bytes())
@@ -60,8 +60,11 @@ class StandIn:
         ids = map(self.tokenizer.convert_tokens_to_ids, rows)
         with torch.no_grad():
             logits = [self.model(torch.tensor([row])).logits[0] * self.factor for row in ids]
-        save_file({str(number): row.contiguous() for number, row in enumerate(logits)}, outputs)
-        return 'said before\n"float32"'
+        computed = {"float32": logits, "int8_float32": [row * self.factor_in_8_bits for row in logits]}
+        types = ["float32", "int8_float32"] if self.factor_in_8_bits else ["float32"]
+        rows = {f"{name}.{n}": row.contiguous() for name in types for n, row in enumerate(computed[name])}
+        save_file(rows, outputs)
+        return f"said before\n{json.dumps(types)}"
 
 
 @pytest.fixture
@@ -113,13 +116,13 @@ def test_the_folder_is_compared_with_the_checkpoint_and_certified(command, stand
     assert stored["sha256"] == {"model.bin": hashlib.sha256(written).hexdigest()}
     assert (stored["bytes"], stored["type"], stored["kind"]) == (len(written), "float32", "generator")
     assert stored["source_sha256"] == {"model.safetensors": hashlib.sha256(written).hexdigest()}
-    assert (stored["base"], stored["computed_in"]) == (str(source), "float32")
+    assert stored["base"] == str(source)
     assert stored["converter"] == {"package": CTRANSLATE2.requirement}
     found = stored["compared"]
     assert (found["inputs"], found["positions"], found["compared"]) == (33, 485, "logits")
     assert found["limit"] == pytest.approx(1e-3 * found["largest_value"])
     assert found["largest_difference"] <= 1e-5 * found["largest_value"]
-    assert "largest difference" in (out / "README.md").read_text()
+    assert "| largest, mean difference | " in (out / "README.md").read_text()
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer.get_chat_template() == TEMPLATE
     assert tokenizer("a b").input_ids == chat_tokenizer()("a b").input_ids
@@ -127,7 +130,21 @@ def test_the_folder_is_compared_with_the_checkpoint_and_certified(command, stand
 
 def test_rounding_to_16_bits_is_measured(stand_in, llama, tmp_path):
     found = export_ctranslate2(llama, tmp_path / "out", kind="bfloat16")["compared"]
-    assert 1e-4 < found["largest_difference"] / found["largest_value"] <= LIMITS["bfloat16"]
+    assert 1e-4 < found["mean_difference"] / found["largest_value"] <= LIMITS["bfloat16"]
+    assert found["limit_applies_to"] == "mean difference: 0.01 of the largest value, for bfloat16"
+
+
+def test_activations_in_8_bits_are_measured_apart(command, stand_in, llama, tmp_path):
+    stand_in.factor_in_8_bits = 1.01
+    ended = command("export", llama, "--to", "ctranslate2", "--type", "int8", "--out", tmp_path / "out")
+    assert "in 8 bits   mean difference" in ended.out
+    stored = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert stored["compared_in_8_bits"]["computed_in"] == "int8_float32"
+    assert stored["compared"]["mean_difference"] < 1e-6 < stored["compared_in_8_bits"]["mean_difference"]
+    stand_in.factor_in_8_bits = 3.0
+    with pytest.raises(MergeError, match=r"(?s)0\.1 of the largest value, for int8_float32.*--type float32"):
+        export_ctranslate2(llama, tmp_path / "other", kind="int8")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_an_adapter_is_merged_first_in_fp32(stand_in, llama, tmp_path, monkeypatch):
@@ -345,7 +362,8 @@ def test_the_real_converter_keeps_what_tiny_models_compute(tmp_path, name):
         stored = export_ctranslate2(source, tmp_path / kind, kind=kind)
         found = stored["compared"]
         assert stored["kind"] == FAMILIES[name]
-        assert found["largest_difference"] <= found["limit"]
+        assert found[found["limited"]] <= found["limit"]
+        assert ("compared_in_8_bits" in stored) == (kind == "int8")
         if kind == "float32":
             assert found["largest_difference"] <= 1e-5 * found["largest_value"]
     assert (tmp_path / "int8" / "model.bin").stat().st_size < (tmp_path / "float32" / "model.bin").stat().st_size
@@ -354,9 +372,8 @@ def test_the_real_converter_keeps_what_tiny_models_compute(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LIMITS)
 def test_the_real_converter_writes_every_type_of_a_real_model(smollm2, tmp_path, kind):
-    stored = export_ctranslate2(smollm2, tmp_path / "out", kind=kind)
-    assert stored["compared"]["largest_difference"] <= stored["compared"]["limit"]
-    assert stored["compared"]["same_top_prediction"] > 0.9
+    found = export_ctranslate2(smollm2, tmp_path / "out", kind=kind)["compared"]
+    assert found[found["limited"]] <= found["limit"] <= LIMITS[kind] * found["largest_value"]
 
 
 @pytest.mark.slow
