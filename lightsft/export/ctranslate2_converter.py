@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,25 +31,22 @@ _LAST_LINES = 3
 
 @dataclass(frozen=True)
 class Conversion:
-    """One call of the converter; `source` is what the user has, where the checkpoint is made on the way."""
+    """One call of the converter; `by_hand` is what the user can run instead."""
 
     checkpoint: Path
     out: Path
     type: str
-    source: str
-
-    def by_hand(self) -> str:
-        """The command for a shell in which ctranslate2 is installed."""
-        return f"{self.source}; " * bool(self.source) + self._command()
-
-    def _command(self) -> str:
-        checkpoint = "merged" if self.source else str(self.checkpoint)
-        options = ["--model", checkpoint, "--output_dir", "converted", "--quantization", self.type]
-        return shlex.join(["ct2-transformers-converter", *options])
+    by_hand: str
 
     def with_another(self) -> str:
         """What the user can do without us."""
-        return f"nothing was written; with another version of ctranslate2 or transformers: {self.by_hand()}"
+        return f"nothing was written; with another version of ctranslate2 or transformers: {self.by_hand}"
+
+
+def command(checkpoint: str | Path, type: str) -> str:
+    """The converter's own, for a shell in which ctranslate2 is installed."""
+    options = ["--model", str(checkpoint), "--output_dir", "converted", "--quantization", type]
+    return shlex.join(["ct2-transformers-converter", *options])
 
 
 def known() -> dict[str, str]:
@@ -77,9 +72,8 @@ def convert(conversion: Conversion) -> None:
 
     Raises ConfigurationError, with what the converter said last, where it fails.
     """
-    with _told_more(conversion.checkpoint) as checkpoint:
-        options = ("--model", str(checkpoint), "--output_dir", str(conversion.out), "--quantization", conversion.type)
-        done = _run("convert", *options)
+    settings = json.dumps(old_settings(conversion.checkpoint))
+    done = _run("convert", str(conversion.checkpoint), str(conversion.out), conversion.type, settings)
     if done.returncode != 0 or not (conversion.out / "model.bin").is_file():
         raise ConfigurationError(
             f"the converter of CTranslate2 ({CTRANSLATE2.requirement}) fails with transformers "
@@ -109,38 +103,25 @@ def read_back(folder: Path, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]
 
 
 def old_settings(checkpoint: Path) -> dict[str, object]:
-    """What the converter asks a configuration of transformers 4, and those that transformers 5 writes do not say.
+    """What the converter asks of a configuration of transformers 4, and those of transformers 5 no longer say.
 
-    Read off the checkpoint: positions are added (5 knows no other way), and where the norms of an encoder-decoder lie
-    shows in the names of its weights.
+    As config.json says it, if it was written then, or as it shows in what is written now: positions are added (5 knows
+    no other way), rope_parameters holds what stood beside it, scale_decoder_outputs is what a tied head stood for, and
+    where the norms of an encoder-decoder lie is in the names of its weights.
     """
-    names = read_checkpoint(checkpoint).tensors
+    config, names = read_json(checkpoint / SETTINGS), read_checkpoint(checkpoint).tensors
+    rope = config.get("rope_parameters") or {}
     said = {
         "position_embedding_type": "absolute",
         "normalize_before": any(name.endswith("encoder.layer_norm.weight") for name in names),
         "normalize_embedding": any(name.endswith("encoder.layernorm_embedding.weight") for name in names),
+        "rope_theta": rope.get("rope_theta"),
+        "tie_word_embeddings": config.get("scale_decoder_outputs"),
     }
-    config = read_json(checkpoint / SETTINGS)
-    return {name: value for name, value in said.items() if name not in config}
-
-
-@contextmanager
-def _told_more(checkpoint: Path) -> Iterator[Path]:
-    """A folder of links to a checkpoint, whose configuration says what the converter asks."""
-    with tempfile.TemporaryDirectory() as scratch:
-        for file in checkpoint.iterdir():
-            if file.name != SETTINGS:
-                _link(file, Path(scratch) / file.name)
-        write_json(Path(scratch) / SETTINGS, old_settings(checkpoint) | read_json(checkpoint / SETTINGS))
-        yield Path(scratch)
-
-
-def _link(file: Path, place: Path) -> None:
-    try:
-        place.symlink_to(file.resolve(), target_is_directory=file.is_dir())
-    except OSError:  # Windows lets few users make links
-        if file.is_file():
-            shutil.copyfile(file, place)
+    own = {name: config[name] for name in said if name in config}
+    if said["tie_word_embeddings"] is not None:  # beside it, transformers 5 writes that heads are tied in any case
+        own.pop("tie_word_embeddings", None)
+    return {name: value for name, value in (said | own).items() if value is not None}
 
 
 def _name_nothing(path: Path) -> None:

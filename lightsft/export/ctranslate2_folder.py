@@ -11,6 +11,7 @@ the checkpoint that it was made of.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,15 @@ from lightsft.export.ctranslate2_check import (
     require_close,
     require_vocabulary,
 )
-from lightsft.export.ctranslate2_converter import CTRANSLATE2, SETTINGS, Conversion, convert, known, read_back
+from lightsft.export.ctranslate2_converter import (
+    CTRANSLATE2,
+    SETTINGS,
+    Conversion,
+    command,
+    convert,
+    known,
+    read_back,
+)
 from lightsft.export.plain_checkpoint import architecture, require_plain
 from lightsft.files import new_folder, read_json, require_free, sha256, write_json
 
@@ -54,16 +63,15 @@ def export_ctranslate2(source: Path, out: Path, *, base: str | None = None, kind
     if not adapter_files.is_adapter(source):
         require_plain(source, base)
         with new_folder(out) as folder:
-            return _converted(Conversion(source, folder / "converted", kind, ""), folder, {})
+            return _converted(Conversion(source, folder / "converted", kind, command(source, kind)), folder, {})
     task = _require_no_classifier(source)
     with new_folder(out) as folder:
         from lightsft.export.merge import merge_folder
 
         check = "auto" if task else "tiles"  # what no task is known of cannot be loaded for one
         merged = merge_folder(source, folder / "merged", base=base, dtype="float32", check=check)
-        conversion = Conversion(
-            folder / "merged", folder / "converted", kind, f"lightsft merge {source} --dtype float32 --out merged"
-        )
+        by_hand = f"lightsft merge {source} --dtype float32 --out merged; {command('merged', kind)}"
+        conversion = Conversion(folder / "merged", folder / "converted", kind, by_hand)
         certificate = _converted(conversion, folder, {"adapter": source, "merge": merged})
         shutil.rmtree(folder / "merged")
         return certificate
@@ -74,23 +82,26 @@ def _converted(conversion: Conversion, folder: Path, merged: dict[str, Any]) -> 
     checkpoint = conversion.checkpoint
     require_plain(checkpoint, None)
     kind = _kind(checkpoint, conversion)
-    convert(conversion)
-    settings = read_json(conversion.out / SETTINGS)
+    exact = replace(conversion, type=EXACT)
+    convert(exact)
     backbone = _loaded(checkpoint)
-    left_out = require_vocabulary(_vocabulary(conversion.out), backbone.tokenizer)
+    left_out = require_vocabulary(_vocabulary(exact.out), backbone.tokenizer)
     inputs = random_inputs(backbone, kind)
-    wanted = expected(backbone, inputs, settings)
+    wanted = expected(backbone, inputs, read_json(exact.out / SETTINGS))
     spelled = inputs.as_text(backbone.tokenizer)
     del backbone
-    measured = _compared(wanted, read_back(conversion.out, spelled), kind, conversion)
+    measured = _measured(exact, wanted, spelled)
+    if conversion.type != EXACT:  # first that it is converted, then what rounding makes of it
+        shutil.rmtree(exact.out)
+        convert(conversion)
+        measured = {"compared_in_float32": measured["compared"], **_measured(conversion, wanted, spelled)}
     _copy(checkpoint, conversion.out, folder)
     return _certify(conversion, folder, {"kind": kind, "tokens_left_out": left_out, **measured}, merged)
 
 
-def _compared(
-    wanted: list[Tensor], found: dict[str, list[Tensor]], kind: str, conversion: Conversion
-) -> dict[str, Any]:
+def _measured(conversion: Conversion, wanted: list[Tensor], spelled: dict[str, Any]) -> dict[str, Any]:
     """With the weights as the values that they stand for; and as it computes by default, where that is not the same."""
+    found, kind = read_back(conversion.out, spelled), spelled["kind"]
     wider = "nothing was written; a type with more bits is closer: --type float32"
     todo = conversion.with_another() if conversion.type == EXACT else wider
     measured = {"compared": compared(wanted, found.pop(EXACT), kind, conversion.type)}

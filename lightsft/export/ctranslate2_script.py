@@ -1,17 +1,18 @@
 """Run as a script in the environment of CTranslate2, without lightsft.
 
-    python -P ctranslate2_script.py known                       the configurations that its converter knows, as JSON
-    python -P ctranslate2_script.py convert OPTIONS             its own ct2-transformers-converter
-    python -P ctranslate2_script.py run MODEL INPUTS OUTPUTS    what a converted model computes
+    python -P ctranslate2_script.py known                              the configurations that it knows, as JSON
+    python -P ctranslate2_script.py convert MODEL OUT TYPE SETTINGS    its own converter of transformers' models
+    python -P ctranslate2_script.py run MODEL INPUTS OUTPUTS           what a converted model computes
 
-INPUTS is JSON: "kind" (generator, translator or encoder), "batches" of rows of tokens, "targets" for a translator and
-"types" for an encoder (null without token types). OUTPUTS is safetensors, a tensor TYPE.NUMBER for each type that was
-computed in and each row: the logits of its tokens, the log probabilities of target and end, or the last hidden states.
+SETTINGS is JSON: what the configuration says beside what transformers makes of it. INPUTS is JSON: "kind" (generator,
+translator or encoder), "batches" of rows of tokens, "targets" for a translator and "types" for an encoder (null without
+token types). OUTPUTS is safetensors, a tensor TYPE.NUMBER for each type computed in and each row: the logits of
+its tokens, the log probabilities of target and end, or the last hidden states.
 """
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,19 @@ def known() -> None:
     print(json.dumps({name: loader.architecture_name for name, loader in transformers._MODEL_LOADERS.items()}))
 
 
-def convert() -> None:
-    """The command line of its converter."""
-    from ctranslate2.converters import transformers
+def convert(model: str, out: str, type: str, settings: str) -> None:
+    """What ct2-transformers-converter does, with more settings in the configuration of the model that was loaded."""
+    from ctranslate2.converters import TransformersConverter
 
-    transformers.main()
+    class Told(TransformersConverter):  # type: ignore[misc]  # ctranslate2 is not installed here
+        def load_model(self, *arguments: Any, **options: Any) -> Any:
+            """The model as it is loaded, its configuration completed."""
+            loaded = super().load_model(*arguments, **options)
+            for name, value in json.loads(settings).items():
+                setattr(loaded.config, name, value)
+            return loaded
+
+    Told(model, load_as_float16=type in ("float16", "int8_float16")).convert(out, quantization=type)
 
 
 def run(folder: str, inputs: str, outputs: str) -> None:
@@ -71,8 +80,5 @@ def _states(model: Any, given: Mapping[str, Any]) -> Iterator[np.ndarray]:
 
 
 if __name__ == "__main__":
-    command = sys.argv.pop(1)
-    if command == "run":
-        run(*sys.argv[1:])
-    else:
-        {"known": known, "convert": convert}[command]()
+    commands: dict[str, Callable[..., None]] = {"known": known, "convert": convert, "run": run}
+    commands[sys.argv[1]](*sys.argv[2:])

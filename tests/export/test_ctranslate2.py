@@ -36,16 +36,16 @@ KNOWN = {"LlamaConfig": "LlamaForCausalLM", "BertConfig": "BertModel", "GPT2Conf
 class StandIn:
     """In the place of `_run`: a converter of causal models, and a runtime that takes one row after the other."""
 
-    factor, factor_in_8_bits = 1.0, 0.0
+    factor, factor_in_8_bits = 1.0, 1.0
 
     def __call__(self, command, *arguments):
         return subprocess.CompletedProcess([], 0, getattr(self, command)(*arguments), "")
 
-    def convert(self, *arguments):
-        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-        source, out = Path(given["--model"]), Path(given["--output_dir"])
+    def convert(self, source, out, type, settings):
+        assert json.loads(settings)["position_embedding_type"] == "absolute"
+        source, out, self.type = Path(source), Path(out), type
         out.mkdir()
-        kind = torch.bfloat16 if given["--quantization"] == "bfloat16" else torch.float32
+        kind = torch.bfloat16 if type == "bfloat16" else torch.float32
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(source).to(kind).float().eval()
         (out / "model.bin").write_bytes((source / "model.safetensors").read_bytes())
@@ -61,7 +61,7 @@ class StandIn:
         with torch.no_grad():
             logits = [self.model(torch.tensor([row])).logits[0] * self.factor for row in ids]
         computed = {"float32": logits, "int8_float32": [row * self.factor_in_8_bits for row in logits]}
-        types = ["float32", "int8_float32"] if self.factor_in_8_bits else ["float32"]
+        types = ["float32", "int8_float32"] if self.type == "int8" else ["float32"]
         rows = {f"{name}.{n}": row.contiguous() for name in types for n, row in enumerate(computed[name])}
         save_file(rows, outputs)
         return f"said before\n{json.dumps(types)}"
@@ -129,7 +129,9 @@ def test_the_folder_is_compared_with_the_checkpoint_and_certified(command, stand
 
 
 def test_rounding_to_16_bits_is_measured(stand_in, llama, tmp_path):
-    found = export_ctranslate2(llama, tmp_path / "out", kind="bfloat16")["compared"]
+    stored = export_ctranslate2(llama, tmp_path / "out", kind="bfloat16")
+    found = stored["compared"]
+    assert stored["compared_in_float32"]["largest_difference"] <= 1e-5 * found["largest_value"]
     assert 1e-4 < found["mean_difference"] / found["largest_value"] <= LIMITS["bfloat16"]
     assert found["limit_applies_to"] == "mean difference: 0.01 of the largest value, for bfloat16"
 
@@ -318,6 +320,21 @@ def test_what_a_configuration_leaves_out_is_read_off_the_weights(bert, tmp_path)
     assert (said["normalize_before"], said["normalize_embedding"]) == (True, False)
 
 
+def test_what_a_configuration_says_in_other_words_is_said_in_both(llama, tmp_path):
+    def said(**settings):
+        shutil.copytree(llama, tmp_path / "one", dirs_exist_ok=True)
+        config = json.loads((llama / "config.json").read_text())
+        (tmp_path / "one" / "config.json").write_text(json.dumps(config | settings))
+        return old_settings(tmp_path / "one")
+
+    assert said()["rope_theta"] == 10000.0
+    assert said(rope_parameters={"rope_theta": 5.0})["rope_theta"] == 5.0
+    assert said(rope_theta=7.0)["rope_theta"] == 7.0
+    assert said(tie_word_embeddings=True, scale_decoder_outputs=False)["tie_word_embeddings"] is False
+    assert said(tie_word_embeddings=False)["tie_word_embeddings"] is False
+    assert said(position_embedding_type="relative_key")["position_embedding_type"] == "relative_key"
+
+
 # ---- the real converter
 
 
@@ -357,23 +374,22 @@ FAMILIES = {"llama": "generator", "gpt2": "generator", "t5": "translator", "bart
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_real_converter_keeps_what_tiny_models_compute(tmp_path, name):
-    source = saved(tmp_path / "source", model_of(name))
-    for kind in ("float32", "int8"):
-        stored = export_ctranslate2(source, tmp_path / kind, kind=kind)
-        found = stored["compared"]
-        assert stored["kind"] == FAMILIES[name]
-        assert found[found["limited"]] <= found["limit"]
-        assert ("compared_in_8_bits" in stored) == (kind == "int8")
-        if kind == "float32":
-            assert found["largest_difference"] <= 1e-5 * found["largest_value"]
-    assert (tmp_path / "int8" / "model.bin").stat().st_size < (tmp_path / "float32" / "model.bin").stat().st_size
+    stored = export_ctranslate2(saved(tmp_path / "source", model_of(name)), tmp_path / "out", kind="int8")
+    exact, found = stored["compared_in_float32"], stored["compared"]
+    assert stored["kind"] == FAMILIES[name]
+    assert exact["largest_difference"] <= 1e-5 * exact["largest_value"]
+    assert 1e-4 < found["mean_difference"] / found["largest_value"] <= LIMITS["int8"]
+    assert stored["compared_in_8_bits"]["mean_difference"] <= stored["compared_in_8_bits"]["limit"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", LIMITS)
-def test_the_real_converter_writes_every_type_of_a_real_model(smollm2, tmp_path, kind):
-    found = export_ctranslate2(smollm2, tmp_path / "out", kind=kind)["compared"]
-    assert found[found["limited"]] <= found["limit"] <= LIMITS[kind] * found["largest_value"]
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_the_real_converter_keeps_what_a_real_model_computes(smollm2, tmp_path, kind):
+    stored = export_ctranslate2(smollm2, tmp_path / "out", kind=kind)
+    exact, found = stored["compared_in_float32"], stored["compared"]
+    assert exact["largest_difference"] <= 2e-4 * exact["largest_value"]
+    assert found["mean_difference"] <= LIMITS[kind] * found["largest_value"]
+    assert stored["bytes"] < (smollm2 / "model.safetensors").stat().st_size / {"bfloat16": 1.9, "int8": 3.9}[kind]
 
 
 @pytest.mark.slow
@@ -407,12 +423,21 @@ def test_new_tokens_and_padding_of_the_vocabulary_are_kept(llama, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_real_converter_gets_wrong_is_refused(tmp_path):
+def test_outputs_that_are_not_scaled_are_converted_so(tmp_path):
     model = model_of("t5")
     model.config.scale_decoder_outputs = False
-    source = saved(tmp_path / "source", model, tie_word_embeddings=False)
-    with pytest.raises(MergeError, match="log probabilities of CTranslate2 differ"):
-        export_ctranslate2(source, tmp_path / "out")
+    export_ctranslate2(saved(tmp_path / "source", model), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_what_the_real_converter_gets_wrong_is_refused_whatever_the_type(tmp_path):
+    config = transformers.FalconConfig(
+        vocab_size=len(chat_tokenizer()), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=2
+    )
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
+    source = saved(tmp_path / "source", transformers.FalconForCausalLM(config))
+    with pytest.raises(MergeError, match=r"logits of CTranslate2 differ .*\n.*0.001 of the largest value, for float32"):
+        export_ctranslate2(source, tmp_path / "out", kind="int8")
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
@@ -427,7 +452,7 @@ def test_the_real_converter_says_what_it_fails_on(tmp_path):
         max_position_embeddings=64,
     )
     source = saved(tmp_path / "source", transformers.GPTNeoXForCausalLM(config))
-    with pytest.raises(ConfigurationError, match=r"fails with transformers .*\nAttributeError: .*rotary_pct"):
+    with pytest.raises(ConfigurationError, match=r"fails with transformers .*\nAttributeError: .*embed_out"):
         export_ctranslate2(source, tmp_path / "out")
     with pytest.raises(ConfigurationError, match=r"no conversion for .*\nExpected: one of BartConfig, BertConfig, "):
         export_ctranslate2(saved(tmp_path / "other", transformers.OlmoForCausalLM(olmo())), tmp_path / "out")
