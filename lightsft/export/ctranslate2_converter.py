@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -70,10 +72,12 @@ def known() -> dict[str, str]:
 def convert(conversion: Conversion) -> None:
     """Write model.bin, its config.json and its vocabulary.
 
-    Raises ConfigurationError, with what the converter said last, where it fails.
+    Raises ConfigurationError, with what the converter said last, where it fails; OSError where the disk is full.
     """
     settings = json.dumps(old_settings(conversion.checkpoint))
     done = _run("convert", str(conversion.checkpoint), str(conversion.out), conversion.type, settings)
+    if os.strerror(errno.ENOSPC) in done.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if done.returncode != 0 or not (conversion.out / "model.bin").is_file():
         raise ConfigurationError(
             f"the converter of CTranslate2 ({CTRANSLATE2.requirement}) fails with transformers "

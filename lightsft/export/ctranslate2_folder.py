@@ -150,13 +150,7 @@ def _loaded(checkpoint: Path) -> Backbone:
     from lightsft.backbone import Backbone
 
     kind = getattr(transformers, architecture(read_json(checkpoint / SETTINGS)))
-    backbone = Backbone.load(checkpoint, task=None, kind=kind, dtype="float32", device="cpu")
-    if backbone.tokenizer is None:
-        raise ConfigurationError(
-            f"{checkpoint} holds no tokenizer, of which CTranslate2's vocabulary is made",
-            expected="its tokenizer files",
-        )
-    return backbone
+    return Backbone.load(checkpoint, task=None, kind=kind, dtype="float32", device="cpu")
 
 
 def _vocabulary(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from lightsft import Backbone
-from lightsft.errors import ConfigurationError, MergeError
+from lightsft.errors import ConfigurationError, MergeError, OutputError
 from lightsft.export import ctranslate2_check, ctranslate2_converter, merge
 from lightsft.export.certificate import logits_of
 from lightsft.export.ctranslate2_check import LIMITS, LONG, compared, expected, random_inputs, require_vocabulary
@@ -182,6 +182,13 @@ def test_what_the_converter_says_last_is_told_with_the_command(script, llama, tm
     assert raised.value.found.endswith("\nAttributeError: 'Config' object has no attribute 'normalize_before'")
     command = f"ct2-transformers-converter --model {llama} --output_dir converted --quantization int8"
     assert raised.value.todo.endswith(command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_as_one(script, llama, tmp_path):
+    script("raise OSError(28, 'No space left on device')")
+    with pytest.raises(OutputError, match=r"cannot write .*out: No space left"):
+        export_ctranslate2(llama, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
