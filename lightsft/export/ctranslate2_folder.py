@@ -129,13 +129,19 @@ def _kind(checkpoint: Path, conversion: Conversion) -> str:
             todo=conversion.with_another(),
         )
     kind: Any = getattr(transformers, stored, None)
-    generates = kind is not None and kind.can_generate()
     made = converted[name]
+    if kind is not None and kind.main_input_name != "input_ids":
+        raise ConfigurationError(
+            f"{checkpoint} holds {stored}, which takes {kind.main_input_name}",
+            expected="a model of token ids, so that both can be compared",
+            todo=f"nothing was written; without a check: {conversion.by_hand}",
+        )
+    generates = kind is not None and kind.can_generate()
     fits = stored == made or (made.startswith("Auto") and generates)
     headless = stored in MODEL_MAPPING_NAMES.values() and not getattr(transformers, made).can_generate()
-    if kind is None or getattr(kind, "main_input_name", "") != "input_ids" or not (headless or (fits and generates)):
+    if not (headless or (fits and generates)):
         raise ConfigurationError(
-            f"{checkpoint} holds {stored}; of a {name}, CTranslate2 keeps what {made} has without a head for a task",
+            f"{checkpoint} holds {stored}, and of a {name} CTranslate2's converter reads a {made}",
             expected="a language model, an encoder-decoder over tokens, or an encoder without a head",
             todo=f"nothing was written; {_WITHOUT_HEAD}",
         )

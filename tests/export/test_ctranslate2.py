@@ -226,10 +226,17 @@ def test_a_classifier_is_sent_to_onnx(bert, environment, tmp_path):
     folder = tmp_path / "checkpoint"
     Backbone.load(bert, task="classification", labels=LABELS).model.save_pretrained(folder)
     with pytest.raises(
-        ConfigurationError, match=r"(?s)holds BertForSequenceClassification; of a BertConfig.*--to onnx"
+        ConfigurationError, match=r"(?s)holds BertForSequenceClassification, and .* reads a BertModel.*--to onnx"
     ):
         export_ctranslate2(folder, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "checkpoint"}
+
+
+def test_sounds_are_refused_with_the_command(environment, tmp_path):
+    write_json(environment / "known.json", {"WhisperConfig": "WhisperForConditionalGeneration"})
+    transformers.WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path / "source")
+    with pytest.raises(ConfigurationError, match=r"(?s)takes input_features.*without a check: ct2-transformers-conv"):
+        export_ctranslate2(tmp_path / "source", tmp_path / "out")
 
 
 def test_a_language_model_whose_head_the_converter_would_draw_is_refused(environment, llama, tmp_path):
