@@ -128,6 +128,7 @@ class Injection:
         config = getattr(self.backbone.module(call.name), "config", None)
         implementation = str(getattr(config, "_attn_implementation", None))
         written_out = not call.registered or implementation in ("eager", "sdpa", "None")
+        prefix.registered = call.registered
         self.place((MixedPrefix if written_out else PlacedPrefix)(self.model, call.name, prefix))
 
     def _require_free(self, weight: Weight) -> None:

@@ -19,7 +19,9 @@ from transformers.activations import ACT2FN
 from lightsft import Backbone, Injection, injecting
 from lightsft.errors import ConfigurationError, TargetError
 from lightsft.primitives import Side
+from lightsft.primitives.standalone import Standalone
 from lightsft.seeding import generator
+from lightsft.standalone.bottleneck import Bottleneck
 from lightsft.sublayers import Sublayer, find_sublayers
 from lightsft.targets import resolve_layers
 from lightsft_adapters.checks import above, one_of, probability
@@ -114,6 +116,7 @@ class BottleneckSide(Side):
         self.parallel = options.placement == "parallel"
         self.norm_before = nn.LayerNorm(size) if options.layer_norm_before else nn.Identity()
         self.down = down
+        self.size, self.non_linearity = size, options.non_linearity
         self.activation = ACT2FN[options.non_linearity]
         self.up = up
         self.norm_after = nn.LayerNorm(size) if options.layer_norm_after else nn.Identity()
@@ -128,6 +131,20 @@ class BottleneckSide(Side):
         hidden = self.activation(_linear(self.down, _norm(self.norm_before, z)))
         change = self.dropout(_linear(self.up, hidden) * self.scaling)
         return output + _norm(self.norm_after, change).to(output.dtype).movedim(-1, self.axis)
+
+    def standalone(self) -> Standalone:
+        """The same with D and U as plain matrices."""
+        norms = {"norm_before": self.norm_before, "norm_after": self.norm_after}
+        matrices: dict[str, Any] = {"down": self.down, "up": self.up}
+        used = matrices | {name: norm for name, norm in norms.items() if isinstance(norm, nn.LayerNorm)}
+        tensors = {
+            f"{name}.{t}": getattr(layer, t).detach() for name, layer in used.items() for t in ("weight", "bias")
+        }
+        tensors["scaling"] = torch.as_tensor(self.scaling, dtype=torch.float32).detach()
+        options: dict[str, Any] = {name: name in used for name in norms}
+        options |= {"parallel": self.parallel, "axis": self.axis, "activation": self.non_linearity}
+        options |= {"size": self.size, "bottleneck": len(matrices["down"].bias)}
+        return Standalone(Bottleneck, options, tensors)
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:

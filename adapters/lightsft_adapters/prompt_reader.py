@@ -18,7 +18,7 @@ time is kept under the address of its input, which the checkpoint keeps alive me
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,9 @@ from lightsft.injection import Injection
 from lightsft.primitives import Part
 from lightsft.primitives.base import drop_hook, drop_pre_hook
 from lightsft.primitives.input_path import by_name
+from lightsft.primitives.standalone import Standalone
 from lightsft.primitives.virtual_tokens import TOKENS, VirtualTokens, _cached_tokens
+from lightsft.standalone import prompt_reader as standalone
 from lightsft_adapters.shared import PlacedShared, refer
 
 READER = "lightsft_prompt_reader"
@@ -227,11 +229,21 @@ class PlacedPromptReader(PlacedShared):
         if self.generates:
             refer(model, "generate", Generate(model, reader))
 
+    def standalone(self) -> Sequence[Standalone]:
+        """A reader on the same modules."""
+        options = {"around": self.around, "causal": self.reader.causal}
+        return (Standalone(standalone.PromptReader, options),)
+
     def announce(self, batch: Mapping[str, Any]) -> None:
         """What the coming forward pass is about, labels included, for those that take them out of its arguments."""
+        self.reader.labels = batch.get("labels")
+
+    @property
+    def reader(self) -> PromptReader:
+        """The reader, a child of the base model."""
         reader = self.part
         assert isinstance(reader, PromptReader)
-        reader.labels = batch.get("labels")
+        return reader
 
     def remove(self) -> None:
         """Take the hooks, the references and the reader off again."""
@@ -275,9 +287,7 @@ def prompt_reader(injection: Injection) -> PromptReader:
     if placed is None:
         placed = PlacedPromptReader(injection.backbone)
         injection.place(placed)
-    reader = placed.part
-    assert isinstance(reader, PromptReader)
-    return reader
+    return placed.reader
 
 
 def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

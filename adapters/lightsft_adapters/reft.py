@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from lightsft import Backbone, Injection, injecting
 from lightsft.anatomy import CONVOLUTIONS, is_within
 from lightsft.errors import ConfigurationError, TargetError
 from lightsft.primitives import Side
+from lightsft.primitives.standalone import Standalone
 from lightsft.seeding import generator
+from lightsft.standalone.edits import Edits
 from lightsft.targets import resolve_layers
 from lightsft_adapters.checks import at_least, probability
 from lightsft_adapters.prompt_reader import PromptReader, prompt_reader
@@ -182,6 +184,20 @@ class LoReFTSide(Side):
         changes = [edit(states, place) for edit, place in zip(self.edits, places, strict=True)]
         change: Tensor = self.dropout(sum(changes[1:], start=changes[0]))
         return output + change.movedim(-1, self.site.axis).to(output.dtype)
+
+    @torch.no_grad()
+    def standalone(self) -> Standalone:
+        """The same with R and W - R as they are now."""
+        site, tensors, rank = self.site, dict[str, Tensor](), 0
+        for number, edit in enumerate(self.edits):
+            assert isinstance(edit, Subspace)
+            rotation, rank = edit.rotation(), len(edit.bias)
+            made = {"rotation": rotation, "rest": edit.weight - rotation, "bias": edit.bias}
+            tensors |= {f"edits.{number}.{name}": tensor.detach().contiguous() for name, tensor in made.items()}
+        options: dict[str, Any] = {"rank": rank, "size": site.size, "number": len(self.edits)}
+        options |= {"ends": None if self.reader is None else list(self.ends)}
+        options |= {"axis": site.axis, "batch": site.batch, "token": site.token}
+        return Standalone(Edits, options, tensors)
 
     def _places(self, served: nn.Module, inputs: Tensor, states: Tensor) -> list[Tensor | None] | None:
         """For each edit what is true where it applies, None for everywhere; or None if none applies anywhere."""

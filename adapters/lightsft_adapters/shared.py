@@ -6,7 +6,7 @@ that copies of the model share among themselves and no tensor has two names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lightsft.primitives import Part, PlacedPart
 from lightsft.primitives.base import free_name
+from lightsft.primitives.standalone import Standalone
 from lightsft.row_changes import RowChange
 
 
@@ -52,6 +53,10 @@ class PlacedShared(PlacedPart):
     def row_changes(self) -> Mapping[str, RowChange]:
         """None: the parts that share them change weights."""
         return {}
+
+    def standalone(self) -> Sequence[Standalone]:
+        """None: the parts that share them bring them along."""
+        return ()
 
     def merge(self) -> None:
         """The parts that share them merge; here there is nothing to do but go."""

@@ -17,7 +17,8 @@ def command(
     to: Annotated[
         str,
         typer.Option(
-            help="Format: onnx, gguf for models that generate text, or ctranslate2 for these and encoders.",
+            help="Format: onnx; gguf for models that generate text; ctranslate2 for these and encoders; transformers, "
+            "a folder with code of its own.",
             show_default=False,
         ),
     ],
@@ -56,8 +57,9 @@ def command(
         bool, typer.Option("--lora", help="With gguf: the LoRA alone, to be loaded beside its base.")
     ] = False,
 ) -> None:
-    """Write a model with its strategy inside as one ONNX graph, one GGUF file or for CTranslate2, checked against it.
+    """Write a model with its strategy inside for another tool, checked against the model.
 
+    The transformers folder is for what no weight can express, and brings its own modelling file (trust_remote_code).
     GGUF and CTranslate2's files are written by their own converters, which are fetched (36 and 43 MB) the first time.
     """
     from lightsft.export.formats import export

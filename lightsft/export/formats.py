@@ -34,6 +34,7 @@ def export(source: str | Path, out: str | Path, *, to: str, base: str | Path | N
         export("adapter", "graph", to="onnx", quantize="int8")
         export("adapter", "small", to="gguf", type="q8_0")
         export("adapter", "fast", to="ctranslate2", type="int8")
+        export("adapter", "folder", to="transformers")
 
     `base` defaults to where the adapter was trained from. `options` are those of the format: its function below names
     them.
@@ -80,11 +81,7 @@ def _onnx(
     `data` are rows to score, by default those of the run; `dequantize` takes codes as the weights they stand for."""
     from lightsft.export.onnx_graph import export_folder
 
-    def rows() -> HeldOut | None:
-        from lightsft.export.held_out import held_out
-
-        return held_out(source, None if data is None else str(data), encoding)
-
+    rows = _held_out(source, data, encoding)
     certificate = export_folder(
         source, out, base=base, quantize=quantize, rows=rows, force=force, dequantize=dequantize
     )
@@ -122,7 +119,46 @@ def _ctranslate2(source: Path, out: Path, base: str | None, *, type: str = "floa
     return Exported(out, certificate, said)
 
 
-FORMATS: Mapping[str, Callable[..., Exported]] = {"onnx": _onnx, "gguf": _gguf, "ctranslate2": _ctranslate2}
+def _transformers(
+    source: Path,
+    out: Path,
+    base: str | None,
+    *,
+    data: str | Path | None = None,
+    encoding: str = "utf-8",
+    dequantize: bool = False,
+) -> Exported:
+    """A folder with its own modelling file. `data` and `dequantize` as of onnx."""
+    from lightsft.export.standalone_folder import export_standalone
+
+    found = export_standalone(source, out, base=base, rows=_held_out(source, data, encoding), dequantize=dequantize)
+    said = {
+        "exported": f"{out}: {found['auto_classes'][0]}.from_pretrained(..., trust_remote_code=True)",
+        "certificate": f"{out / 'certificate.json'}: largest difference {found['largest_logit_difference']:.1e} on "
+        f"{found['inputs']} inputs",
+    }
+    if "metric" in found:
+        before, after = found["score_before"], found["score_after"]
+        score = f"{found['metric']} {before:.4f} of base + strategy, {after:.4f} of the folder"
+        said["score"] = f"{score}, on {found['examples']} rows"
+    return Exported(out, found, said)
+
+
+FORMATS: Mapping[str, Callable[..., Exported]] = {
+    "onnx": _onnx,
+    "gguf": _gguf,
+    "ctranslate2": _ctranslate2,
+    "transformers": _transformers,
+}
+
+
+def _held_out(source: Path, data: str | Path | None, encoding: str) -> Callable[[], HeldOut | None]:
+    def rows() -> HeldOut | None:
+        from lightsft.export.held_out import held_out
+
+        return held_out(source, None if data is None else str(data), encoding)
+
+    return rows
 
 
 def _one_file(out: Path, certificate: Mapping[str, Any]) -> dict[str, str]:

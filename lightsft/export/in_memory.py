@@ -127,5 +127,6 @@ def _cannot_merge(injection: Injection, adapter: Path) -> MergeError:
     return MergeError(
         f"{adapter} holds {type(injection.strategy).__name__}, which computes something that no weight can express",
         expected="a strategy that changes weights (full, lora)",
-        todo=f"ship the adapter folder itself: lightsft.load({str(adapter)!r}), or lightsft predict {adapter} TEXT",
+        todo=f"ship the adapter folder itself: lightsft.load({str(adapter)!r}), or lightsft predict {adapter} TEXT; or "
+        f"a folder that brings the rest as code: lightsft export {adapter} --to transformers --out DIR",
     )

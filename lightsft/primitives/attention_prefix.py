@@ -21,10 +21,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lightsft.dry_run import evaluating
 from lightsft.errors import InjectionError
 from lightsft.primitives.base import Part, PlacedPart, drop_hook, drop_pre_hook
 from lightsft.primitives.prefix_mixing import PrefixMixing
+from lightsft.primitives.standalone import Standalone
 from lightsft.quantization import device_of, parameter_names
+from lightsft.standalone import attention_prefix as standalone
 
 PREFIX = "lightsft_prefix"
 _REGISTERED = "lightsft_prefix_"
@@ -33,14 +36,25 @@ _REGISTERED = "lightsft_prefix_"
 class AttentionPrefix(Part):
     """Base of prefixes. Subclasses define `keys_and_values`.
 
-    `key_bias`: see `AttentionCall`.
+    `key_bias` and `registered`: see `AttentionCall`.
     """
 
     key_bias: bool = False
+    registered: bool = True
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """Keys (heads, tokens, key size) and values (heads, tokens, value size), fp32."""
         raise NotImplementedError
+
+    def standalone(self) -> Standalone | None:
+        """The keys and values; None where the attention is written out, so that no registry hands it over."""
+        if not self.registered or self.key_bias:
+            return None
+        with torch.no_grad(), evaluating(self):
+            keys, values = (tensor.clone() for tensor in self.keys_and_values())
+        heads, tokens, size = keys.shape
+        options = {"heads": heads, "tokens": tokens, "key_size": size, "value_size": values.shape[-1]}
+        return Standalone(standalone.AttentionPrefix, options, {"prefix_key": keys, "prefix_value": values})
 
 
 class PlacedPrefix(PlacedPart):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightsft.primitives.standalone import Standalone
 from lightsft.row_changes import RowChange
 
 
@@ -88,6 +90,10 @@ class Primitive(ABC):
         """Fold it into the weights, in fp32 with one rounding. Called only when `mergeable`, and once."""
         raise NotImplementedError(f"{type(self).__name__} is not mergeable")
 
+    def standalone(self) -> Sequence[Standalone] | None:
+        """What does the same in an exported model; none where others bring it along, None where nothing does."""
+        return None
+
     def learning_rate_ratio(self, name: str) -> float:
         """By how much the learning rate of the parameter `name` is multiplied (LoRA+)."""
         return 1.0
@@ -151,6 +157,10 @@ class Part(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.copy_(tensors[name])
 
+    def standalone(self) -> Standalone | None:
+        """What computes the same in an exported model, as it evaluates; None where nothing does."""
+        return None
+
     def make_again(self) -> None:
         """Give values to what is neither trained nor saved, in a part that was built without any."""
 
@@ -188,6 +198,15 @@ class PlacedPart(Primitive):
     def mergeable(self) -> bool:
         """Whether the part can be written into the weight."""
         return self.part.mergeable
+
+    def standalone(self) -> Sequence[Standalone] | None:
+        """What the part says, at its place."""
+        found = self.part.standalone()
+        return None if found is None else (replace(found, place=self._place()),)
+
+    def _place(self) -> dict[str, Any]:
+        """Where it is, as the stand-in's `place` takes it."""
+        return {"on": self.name}
 
     def learning_rate_ratio(self, name: str) -> float:
         """What the part says of its parameter."""

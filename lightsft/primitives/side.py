@@ -100,6 +100,9 @@ class PlacedSide(PlacedPart):
         for name, value in self.side.merged(served).items():
             yield Change(f"{self.name}.{name}", served.get_parameter(name).float(), value)
 
+    def _place(self) -> dict[str, Any]:
+        return {"on": self.name, "reads": self.reads}
+
     def row_changes(self) -> Mapping[str, RowChange] | None:
         """Those of the side."""
         found = self.side.row_changes(self.served)

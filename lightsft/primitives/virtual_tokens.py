@@ -26,6 +26,8 @@ from lightsft.errors import InjectionError, LightsftError, TargetError
 from lightsft.primitives.base import Part, PlacedPart, drop_hook, drop_pre_hook
 from lightsft.primitives.input_path import InputPath, by_name, vectors_in
 from lightsft.primitives.side import first_output, with_first_output
+from lightsft.primitives.standalone import Standalone
+from lightsft.standalone import virtual_tokens as standalone
 
 if TYPE_CHECKING:
     from lightsft.injection import Injection
@@ -64,6 +66,13 @@ class VirtualTokens(Part):
         if self.path.readers:
             shapes[SAVED] = (*shapes[SAVED], (2 * self.count, self.path.size))
         return shapes
+
+    def standalone(self) -> Standalone:
+        """P, as the encoder makes it."""
+        path, made = self.path, self.tensors()[SAVED].clone()
+        options = {"count": self.count, "size": path.size, "first": self.first, "ids": path.ids}
+        options |= {"plain_id": path.plain_id, "token_dimension": path.token_dimension}
+        return Standalone(standalone.VirtualTokens, options, {SAVED: made})
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take what makes P; P itself where that is all."""
@@ -130,6 +139,10 @@ class PlacedVirtualTokens(PlacedPart):
     def shapes(self) -> dict[str, tuple[tuple[int, ...], ...]]:
         """What the part accepts."""
         return {self._named(name): shapes for name, shapes in self.part.shapes().items()}
+
+    def _place(self) -> dict[str, Any]:
+        readers = [{"name": r.name, "states": r.states, "masks": dict(r.masks)} for r in self.path.readers]
+        return {"trunk": self.path.trunk, "lookup": self.path.lookup, "readers": readers}
 
     def _named(self, name: str) -> str:
         return name if name == SAVED else f"{self.name}.{name}"
