@@ -19,8 +19,7 @@ from lightsft import Backbone, Injection, injecting
 from lightsft.errors import ConfigurationError
 from lightsft.primitives import Part
 from lightsft.seeding import generator
-from lightsft.sublayers import Sublayer
-from lightsft_adapters.adapter import Adapter, BottleneckSide
+from lightsft_adapters.adapter import Adapter, BottleneckSide, Site
 from lightsft_adapters.checks import at_least
 from lightsft_adapters.shared import PlacedShared, refer
 
@@ -55,24 +54,24 @@ class Compacter(Adapter):
     def inject(self, backbone: Backbone, *, seed: int = 0) -> Injection:
         """Put an adapter on each chosen sublayer of `backbone`, and the shared A_i on the model."""
         with injecting(self, backbone, seed) as injection:
-            sublayers = self._chosen(backbone)
-            n = self._dimension({sublayer.size for sublayer in sublayers})
+            sites = self._sites(backbone)
+            n = self._dimension({site.sublayer.size for site in sites})
             rule = None
             if self.shared_rule:
                 rule = Rule(n, generator(seed, "compacter"))
                 injection.place(PlacedShared(backbone.model, "compacter", rule))
-            for sublayer in sublayers:
-                side = self._side_of(sublayer, n, rule, generator(seed, sublayer.writes))
-                injection.add_side(sublayer.writes, side, reads=self._reads(sublayer))
+            for site in sites:
+                side = self._side_of(site, n, rule, generator(seed, site.sublayer.writes))
+                injection.add_side(site.served, side, reads=site.reads)
         return injection
 
-    def _side_of(self, sublayer: Sublayer, n: int, rule: Rule | None, random: torch.Generator) -> BottleneckSide:
-        size = sublayer.size
+    def _side_of(self, site: Site, n: int, rule: Rule | None, random: torch.Generator) -> BottleneckSide:
+        size = site.sublayer.size
         bottleneck = max(1, round(size / self.reduction_factor / n)) * n
         down = KroneckerLinear(size, bottleneck, n, self.phm_rank, rule, random)
         up = KroneckerLinear(bottleneck, size, n, self.phm_rank, rule, random)
         nn.init.zeros_(up.right)  # so training starts from the backbone's own function
-        return BottleneckSide(size, down, up, self, sublayer.axis)
+        return site.kind(size, down, up, self, site.sublayer.axis)
 
     def _dimension(self, widths: set[int]) -> int:
         """A number n that divides every width."""

@@ -1,6 +1,6 @@
 """What AdapterHub's adapters compute, as strategies of lightsft: their options and their tensors.
 
-    bottleneck       y = h + A(h), or h + A(x)                 -> adapter
+    bottleneck       y = h + A(z), z = h, N(x + h) or x        -> adapter
     lora             y = W x + (alpha / r) B A x               -> lora
     prefix_tuning    softmax(Q [P_k; K]^T) [P_v; V]            -> prefix
 
@@ -32,6 +32,7 @@ from lightsft.export.adapterhub_options import (
     refuse,
 )
 from lightsft.injection import Injection, Strategy
+from lightsft.junctions import find_junctions
 from lightsft.primitives.attention_prefix import PlacedPrefix
 from lightsft.sublayers import find_sublayers
 
@@ -65,10 +66,15 @@ def method_of(folder: AdapterHubFolder) -> Method:
 
 
 class Bottleneck:
-    """y = h + A(h) after sublayers, or h + A(x) beside post-norm feed-forwards, A(z) = N2(s (U f(D N1(z) + d) + u))."""
+    """y = h + A(z) before y joins the residual stream x, A(z) = N2(s (U f(D N1(z) + d) + u)).
+
+    z = h, or with `original_ln_before` the stream after h has joined it, N(x + h) or in pre-norm models x + h; beside
+    feed-forwards z = x.
+    """
 
     def __init__(self, folder: AdapterHubFolder) -> None:
         self.folder, self.options = folder, bottleneck_options(folder)
+        self.after_sum = self.options["original_ln_before"] and not self.options["is_parallel"]
 
     def strategy(self, backbone: Backbone) -> Strategy:
         """`adapter`, in the blocks that are not left out."""
@@ -84,6 +90,7 @@ class Bottleneck:
             layer_norm_before=options["ln_before"],
             layer_norm_after=options["ln_after"],
             layers=_layers(self.folder, backbone, options["leave_out"]),
+            reads="residual" if self.after_sum or options["is_parallel"] else "sublayer",
         )
 
     def _reduction_factor(self, backbone: Backbone) -> float:
@@ -100,11 +107,12 @@ class Bottleneck:
         return float(said)
 
     def tensors(self, injection: Injection) -> dict[str, Tensor]:
-        """D, d, U, u, the norms and s, at the layers that write the residual stream."""
+        """D, d, U, u, the norms and s, at the modules that carry the adapters."""
         backbone, down = injection.backbone, 1 if self.options["ln_before"] else 0
         names = {f"adapter_down.{down}": "down", "adapter_up": "up"}
         names |= {"adapter_norm_before": "norm_before", "adapter_norm_after": "norm_after"}
         writers = {(one.layer, one.attention): one.writes for one in find_sublayers(backbone)}
+        norms = self._norms(injection)
         found = {}
         for place, part, tensor in self.folder.parts("adapters"):
             module, _, kind = part.rpartition(".")
@@ -117,8 +125,16 @@ class Bottleneck:
                     f"serves {place}, where no sublayer ends", todo="name the base that it was trained on"
                 )
             name = f"{names.get(module, module)}.{kind}" if module else kind
-            found[f"{writer}.{name}"] = tensor.squeeze() if name == "scaling" else tensor
+            found[f"{norms.get(writer, writer)}.{name}"] = tensor.squeeze() if name == "scaling" else tensor
         return found
+
+    def _norms(self, injection: Injection) -> dict[str, str]:
+        """By the module that writes, the norm that carries its adapter: where the stream goes on through one."""
+        if not self.after_sum:
+            return {}
+        with injection.disabled():
+            joined = find_junctions(injection.backbone)
+        return {writer: one.norm for writer, one in joined.items() if one.norm is not None}
 
 
 class LowRankUpdates:

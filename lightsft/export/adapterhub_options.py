@@ -14,8 +14,8 @@ from typing import Any
 from lightsft.errors import ArtifactError
 from lightsft.export.adapterhub_folder import AdapterHubFolder
 
-# Types of model whose places for adapters and prefixes were compared, by what a feed-forward reads.
-POST_NORM, PRE_NORM = ("bert", "distilbert", "electra", "roberta", "xlm-roberta"), ("gpt2", "llama", "mistral")
+# Types of model whose places for adapters and prefixes were compared.
+COMPARED = ("bert", "distilbert", "electra", "roberta", "xlm-roberta", "gpt2", "llama", "mistral")
 NOT_READ = "train it again with lightsft, or go on using it with AdapterHub's library"
 _NON_LINEARITIES = ("relu", "gelu", "silu", "swish", "tanh", "sigmoid", "leaky_relu")  # of the strategy `adapter`
 
@@ -52,12 +52,8 @@ _BOTTLENECK = {
     "phm_layer": _Option(False, (False,), "Kronecker products, of another layout than compacter's"),
     "stochastic_depth": _Option(0, (0, None), "adapters dropped whole in training"),
 }
-_SEQUENTIAL = {
-    "original_ln_before": _Option(
-        False, (False,), "it reads the residual stream after the sublayer, normed if post-norm"
-    ),
-    "residual_before_ln": _Option(True, (True, False), "a residual connection around the residual stream"),
-}
+_SEQUENTIAL = {"residual_before_ln": _Option(True, (True, False), "a residual connection that nothing starts")}
+_AFTER_SUM = {"residual_before_ln": _Option(True, (True,), "the stream, or its norm, added a second time")}
 _PARALLEL = {"mh_adapter": _Option(False, (False,), "adapters parallel to attentions")}
 _LORA = {
     "r": _Option(8),
@@ -94,10 +90,8 @@ def bottleneck_options(folder: AdapterHubFolder) -> dict[str, Any]:
     options["non_linearity"] = _activation(folder, options["non_linearity"])
     if options["is_parallel"]:
         refused += _beyond(options, _PARALLEL)
-        if folder.model_type in PRE_NORM:
-            refused.append("is_parallel=True (on this model it reads the residual stream before the norm)")
     else:
-        refused += _beyond(options, _SEQUENTIAL)
+        refused += _beyond(options, _AFTER_SUM if options["original_ln_before"] else _SEQUENTIAL)
         if options["ln_after"] and options["adapter_residual_before_ln"]:
             refused.append("adapter_residual_before_ln=True (a norm over its residual connection too)")
     if options["scaling"] != "learned" and not is_number(options["scaling"]):
@@ -168,7 +162,7 @@ def _beyond(options: Mapping[str, Any], known: Mapping[str, _Option]) -> list[st
 
 
 def _other_model(folder: AdapterHubFolder) -> list[str]:
-    if folder.model_type in (*POST_NORM, *PRE_NORM):
+    if folder.model_type in COMPARED:
         return []
     return [f"model_type={folder.model_type!r} (where the library puts {folder.architecture} there was not compared)"]
 

@@ -1,6 +1,7 @@
 """Bottleneck adapters against their formula in fp64, and against the values that AdapterHub's library computes."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from torch import nn
 
 from lightsft import Backbone
 from lightsft.errors import ConfigurationError, TargetError
+from lightsft.testing import TINY_MODELS, check_strategy
 from lightsft_adapters import Adapter
 from lightsft_adapters.adapter import NON_LINEARITIES
-from tests.tiny_models import batch, logits, off, randomise, tiny
+from lightsft_adapters.combined import Combined
+from lightsft_adapters.norm import NormTuning
+from tests.tiny_models import batch, gradients, logits, off, randomise, tiny
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "adapterhub.safetensors"
 MODELS = {"bert": transformers.BertForSequenceClassification, "llama": transformers.LlamaForCausalLM}
@@ -25,8 +29,8 @@ CASES = {
     "houlsby_norms": Adapter(4, "houlsby", "gelu", layer_norm_before=True, layer_norm_after=True),
 }
 # AdapterHub's parallel adapter on Llama reads the residual stream before its norm. Ours reads what the feed-forward
-# reads, as 2110.04366 defines it, and is checked against the formula below.
-COMPARED = [(name, case) for name in MODELS for case in CASES if (name, case) != ("llama", "parallel")]
+# reads, as 2110.04366 defines it, unless it is told to read the stream.
+COMPARED = [(name, case) for name in MODELS for case in CASES]
 PARTS = {
     "adapter_down.0": "down",
     "adapter_down.1": "down",
@@ -69,7 +73,8 @@ def our_name(name, key, case):
 @pytest.mark.parametrize(("name", "case"), COMPARED)
 def test_logits_and_gradients_equal_adapterhubs(name, case):
     model = reference_model(name)
-    injection = CASES[case].inject(Backbone(model))
+    options = replace(CASES[case], reads="residual") if (name, case) == ("llama", "parallel") else CASES[case]
+    injection = options.inject(Backbone(model))
     weights = {our_name(name, key, case): value for key, value in stored(f"{name}/{case}/adapter/").items()}
     trainable = {key: p for key, p in injection.named_parameters().items() if not key.startswith("classifier")}
     assert set(weights) == set(trainable)
@@ -141,10 +146,132 @@ def test_a_feed_forward_with_an_adapter_equals_the_formula_in_fp64(name, options
     assert off(seen["y"], h + in_fp64(side, z, options)) <= 2e-6
 
 
+STREAMS = {  # model -> for attention and feed-forward: the layer that writes, what is given x, the norm after the sum
+    "bert": [
+        ("attention.output.dense", "attention", "attention.output.LayerNorm"),
+        ("output.dense", "intermediate", "output.LayerNorm"),
+    ],
+    "llama": [
+        ("self_attn.o_proj", "input_layernorm", None),
+        ("mlp.down_proj", "post_attention_layernorm", None),
+    ],
+}
+
+
 @pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
-def test_the_start_has_no_effect(placement, model):
+@pytest.mark.parametrize("name", STREAMS)
+def test_an_adapter_that_reads_the_residual_stream_equals_the_formula_in_fp64(name, placement):
+    """Sequential N(x + h + A(N(x + h))), or x + h + A(x + h) without a norm there; parallel h + A(x)."""
+    model = tiny(name)
+    options = Adapter(4, placement, "gelu", scaling=2.0, layer_norm_before=True, reads="residual")
+    injection = randomise(options.inject(Backbone(model)))
+    sides = {primitive.name: primitive.side for primitive in injection.primitives if hasattr(primitive, "side")}
+    block = {"bert": "bert.encoder.layer.1", "llama": "model.layers.1"}[name]
+    for writes, reads, norm in STREAMS[name][0 if placement == "houlsby" else 1 :]:
+        carries = f"{block}.{norm}" if norm is not None and placement != "parallel" else f"{block}.{writes}"
+        seen = _watched(model, f"{block}.{writes}", f"{block}.{reads}", carries)
+        x, h = seen["x"], seen["h"]
+        if placement == "parallel":
+            expected = h + in_fp64(sides[carries], x, options)
+        elif norm is None:
+            expected = h + in_fp64(sides[carries], x + h, options)
+        else:
+            layer = model.get_submodule(carries)
+            size, w, b = x.shape[-1:], layer.weight.double(), layer.bias.double()
+            u = nn.functional.layer_norm(x + h, size, w, b, layer.eps)
+            changed = x + h + in_fp64(sides[carries], u, options)
+            expected = nn.functional.layer_norm(changed, size, w, b, layer.eps)
+        assert off(seen["y"], expected) <= 4e-6
+
+
+def _watched(model, writes, reads, carries):
+    """In fp64: x, the layer's own output h, and what the module that carries the adapter returns."""
+    seen, served = {}, model.get_submodule(writes)
+    bias = 0 if served.bias is None else served.bias.double()
+
+    def note(_, args):
+        seen.update(h=args[0].double() @ served.weight.double().T + bias)
+
+    handles = [
+        model.get_submodule(reads).register_forward_pre_hook(lambda _, args: seen.update(x=args[0].double())),
+        served.register_forward_pre_hook(note),
+        model.get_submodule(carries).register_forward_hook(lambda _, args, output: seen.update(y=output.double())),
+    ]
+    logits(model)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_an_adapter_that_reads_the_residual_stream_keeps_the_contract(kind, placement):
+    check_strategy(Adapter(4, placement, reads="residual"), kind)
+
+
+def test_on_a_post_norm_model_the_stream_beside_a_feed_forward_is_what_it_reads():
+    outputs = []
+    for reads in ("sublayer", "residual"):
+        model = tiny("bert")
+        randomise(Adapter(4, "parallel", reads=reads).inject(Backbone(model)))
+        outputs.append(logits(model))
+    assert torch.equal(*outputs)
+
+
+def test_a_norm_that_is_trained_in_place_in_half_precision_carries_an_adapter():
+    """What runs a second time is the norm as it is trained, in fp32 inside a model in bfloat16."""
+    low, high = tiny("bert", dtype=torch.bfloat16), tiny("bert", dtype=torch.bfloat16).float()
+    both = Combined([Adapter(4, "pfeiffer", reads="residual"), NormTuning()])
+    injection = randomise(both.inject(Backbone(low)), scale=0.1)
+    both.inject(Backbone(high)).load_tensors(injection.tensors())
+    norms = [p.dtype for name, p in injection.named_parameters().items() if name.endswith("LayerNorm.weight")]
+    assert set(norms) == {torch.float32}
+    with injection.disabled():
+        effect = off(logits(low), logits(high))
+    assert effect > 0.2
+    assert off(logits(low), logits(high)) <= 0.05
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_the_same_when_activations_are_recomputed(checkpointing):
+    found = []
+    for name in ("bert", "llama"):
+        model = tiny(name)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        injection = randomise(Adapter(4, "houlsby", reads="residual").inject(Backbone(model)))
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(gradients(model, injection.named_parameters()))
+    for name, values in zip(("bert", "llama"), found, strict=True):
+        plain = _plain_gradients(name)
+        assert all(off(value, plain[key]) <= 1e-6 for key, value in values.items())
+
+
+@cache
+def _plain_gradients(name):
+    model = tiny(name)
+    injection = randomise(Adapter(4, "houlsby", reads="residual").inject(Backbone(model)))
+    return gradients(model, injection.named_parameters())
+
+
+def test_a_stream_that_several_sublayers_join_at_once_is_refused():
+    config = transformers.GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=100
+    )
+    model = transformers.GPTNeoXForCausalLM(config).eval()
+    with pytest.raises(TargetError, match="no residual stream to read beside their output"):
+        Adapter(4, reads="residual").inject(Backbone(model))
+    assert Adapter(4).inject(Backbone(model)).parameters()
+
+
+@pytest.mark.parametrize("reads", ["sublayer", "residual"])
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+def test_the_start_has_no_effect(placement, reads, model):
     before = logits(model)
-    Adapter(placement=placement).inject(Backbone(model))
+    Adapter(placement=placement, reads=reads).inject(Backbone(model))
     assert torch.equal(before, logits(model))
 
 
@@ -196,6 +323,7 @@ def test_a_reduction_factor_above_the_width_is_refused_with_the_width():
         {"reduction_factor": 0},
         {"reduction_factor": -2},
         {"placement": "beside"},
+        {"reads": "norm"},
         {"non_linearity": "softsign"},
         {"scaling": "fixed"},
         {"dropout": -0.1},
@@ -214,10 +342,11 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(logits(model), logits(model))
 
 
+@pytest.mark.parametrize("reads", ["sublayer", "residual"])
 @pytest.mark.parametrize("placement", ["houlsby", "parallel"])
-def test_generation_with_a_cache_equals_generation_without(placement):
+def test_generation_with_a_cache_equals_generation_without(placement, reads):
     model = tiny("llama")
-    randomise(Adapter(4, placement).inject(Backbone(model)), scale=0.5)
+    randomise(Adapter(4, placement, reads=reads).inject(Backbone(model)), scale=0.5)
     prompt = batch(model, rows=1, labels=False)
     with_cache = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert torch.equal(with_cache, model.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=False))

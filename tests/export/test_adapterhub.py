@@ -26,7 +26,7 @@ from tests.checkpoints import wordpiece_tokenizer
 FOLDERS = Path(__file__).parents[1] / "reference" / "adapterhub_folders"
 CASES = sorted(path.name for path in FOLDERS.iterdir() if path.is_dir() and path.name != "bases")
 STRATEGIES = {
-    **dict.fromkeys(("double", "norms", "single", "parallel", "headless"), "Adapter"),
+    **dict.fromkeys(("double", "norms", "single", "parallel", "headless", "default", "twice"), "Adapter"),
     **dict.fromkeys(("lora", "key", "pooler"), "LoRA"),
     **dict.fromkeys(("prefix", "flat"), "Prefix"),
 }
@@ -172,10 +172,11 @@ def test_options_that_a_folder_does_not_give_have_the_librarys_defaults(tmp_path
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        ("bert_double", {"original_ln_before": True}),
-        ("llama_double", {"original_ln_before": True}),
         ("bert_double", {"original_ln_after": False}),
         ("bert_double", {"residual_before_ln": "post_add"}),
+        ("bert_default", {"residual_before_ln": "post_add"}),
+        ("llama_default", {"residual_before_ln": False}),
+        ("bert_default", {"original_ln_after": False}),
         ("bert_norms", {"adapter_residual_before_ln": True}),
         ("bert_double", {"use_gating": True}),
         ("bert_double", {"inv_adapter": "nice"}),
@@ -188,8 +189,7 @@ def test_options_that_a_folder_does_not_give_have_the_librarys_defaults(tmp_path
         ("bert_double", {"non_linearity": "gelu_new"}),
         ("bert_double", {"of_tomorrow": 1}),
         ("bert_parallel", {"mh_adapter": True}),
-        ("llama_double", {"is_parallel": True}),
-        ("gpt2_double", {"is_parallel": True}),
+        ("llama_parallel", {"mh_adapter": True}),
         ("bert_lora", {"composition_mode": "scale"}),
         ("bert_lora", {"use_gating": True}),
         ("bert_lora", {"use_dora": True}),
@@ -216,7 +216,7 @@ def test_what_a_parallel_adapter_does_not_look_at_is_not_refused(tmp_path):
 
 
 def test_all_that_is_refused_is_named_at_once(tmp_path):
-    options = {"original_ln_before": True, "use_gating": True, "scaling": "channel"}
+    options = {"original_ln_after": False, "use_gating": True, "scaling": "channel"}
     folder = copied("bert_double", tmp_path / "in", options=options, model_type="t5")
     with pytest.raises(ArtifactError) as raised:
         convert(folder, to="lightsft", out=tmp_path / "out")

@@ -1,6 +1,6 @@
 """Regenerate `adapterhub_folders/`: adapters as AdapterHub's library saves them, and the logits that it computes.
 
-Four tiny models with random weights each carry one adapter per case; `save_adapter` writes it, with the prediction
+Five tiny models with random weights each carry one adapter per case; `save_adapter` writes it, with the prediction
 head that the model has. So the tests read files of AdapterHub's own without having it installed.
 
 AdapterHub pins an old transformers, so this runs in an environment of its own: see `make_adapterhub_reference.py`.
@@ -51,6 +51,17 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
     "bert": transformers.BertConfig(**SIZES, **CLASSES),
     "roberta": transformers.RobertaConfig(**SIZES | CLASSES | {"pad_token_id": 1, "max_position_embeddings": 18}),
     "llama": transformers.LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=False),
+    "distilbert": transformers.DistilBertConfig(
+        dim=16,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=24,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=16,
+        initializer_range=STD,
+        pad_token_id=0,
+        **CLASSES,
+    ),
     "gpt2": transformers.GPT2Config(
         n_embd=16, n_layer=2, n_head=4, n_inner=24, vocab_size=VOCABULARY, n_positions=16, initializer_range=STD
     ),
@@ -59,6 +70,7 @@ HEADS: dict[str, Callable[..., Any]] = {
     "bert": transformers.BertForSequenceClassification,
     "roberta": transformers.RobertaForSequenceClassification,
     "llama": transformers.LlamaForCausalLM,
+    "distilbert": transformers.DistilBertForSequenceClassification,
     "gpt2": transformers.GPT2LMHeadModel,
 }
 FLEXIBLE: dict[str, Callable[..., Any]] = {
@@ -78,6 +90,7 @@ class Case:
 
 DOUBLE = adapters.DoubleSeqBnConfig(reduction_factor=4)
 SINGLE = adapters.SeqBnConfig(reduction_factor=4, original_ln_before=False)
+AFTER_SUM = adapters.SeqBnConfig(reduction_factor=4)  # the default: original_ln_before
 PARALLEL = adapters.ParBnConfig(reduction_factor=4)
 LORA = adapters.LoRAConfig(r=2, alpha=6)
 EVERYWHERE = LORA.replace(attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True)
@@ -107,6 +120,19 @@ CASES = {
     "gpt2_lora": Case(EVERYWHERE.replace(attn_matrices=["q", "v"])),
     "gpt2_key": Case(LORA.replace(attn_matrices=["k"], alpha=60)),
     "gpt2_flat": Case(PREFIX.replace(flat=True), safe=False),
+    "bert_default": Case(AFTER_SUM),
+    "bert_twice": Case(DOUBLE.replace(original_ln_before=True)),
+    "roberta_default": Case(
+        AFTER_SUM.replace(ln_before=True, ln_after=True, scaling="learned", leave_out=[0]), safe=False
+    ),
+    "distilbert_default": Case(AFTER_SUM),
+    "distilbert_twice": Case(DOUBLE.replace(original_ln_before=True, ln_before=True), safe=False),
+    "distilbert_parallel": Case(PARALLEL),
+    "gpt2_default": Case(AFTER_SUM),
+    "gpt2_parallel": Case(PARALLEL),
+    "llama_default": Case(AFTER_SUM.replace(non_linearity="gelu")),
+    "llama_twice": Case(DOUBLE.replace(original_ln_before=True, scaling=0.5)),
+    "llama_parallel": Case(PARALLEL.replace(ln_before=True, scaling="learned"), safe=False),
 }
 
 
