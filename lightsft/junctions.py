@@ -72,7 +72,11 @@ class _Watcher(TorchFunctionMode):
         super().__init__()
         self.model, self.anatomy, self.writers = model, anatomy, writers
         self.names = {module: name for name, module in model.named_modules() if "lightsft" not in name}
-        self.leaves = {name for module, name in self.names.items() if not any(True for _ in module.children())}
+        self.leaves = {
+            name
+            for module, name in self.names.items()
+            if not any("lightsft" not in child for child, _ in module.named_children())
+        }
         self.numbers, self.next = WeakIdKeyDictionary(), count()
         self.written: dict[int, str] = {}  # tensor -> the writer that returned it
         self.readers: dict[int, list[str]] = {}  # tensor -> the modules that it was the first input of, in order

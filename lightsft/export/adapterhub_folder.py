@@ -26,6 +26,8 @@ from lightsft.errors import ArtifactError
 
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD, HEAD_WEIGHTS = "head_config.json", ("model_head.safetensors", "pytorch_model_head.bin")
+OLDER = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")  # names of before there were versions
+INVERTIBLE = {"inv_adapter", "invertible_adapter", "inv_adapter_reduction_factor"}
 FLEXIBLE = ("AdapterModel", "ModelWithHeads")  # endings of the library's own classes, whose heads have names
 
 
@@ -103,9 +105,10 @@ def read_folder(directory: Path) -> AdapterHubFolder:
             expected="a folder written by save_adapter",
             todo="copy it again",
         )
+    tensors = {OLDER.sub(".adapters.", name): tensor for name, tensor in tensors.items()}
     return AdapterHubFolder(
         path=directory,
-        options=config["config"],
+        options=_options(config, tensors),
         version=config.get("version"),
         model_name=config.get("model_name") or None,
         hidden_size=config.get("hidden_size"),
@@ -113,6 +116,14 @@ def read_folder(directory: Path) -> AdapterHubFolder:
         head=_head(directory),
         **{name: config[name] for name in ("name", "model_type", "model_class")},
     )
+
+
+def _options(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """The method's; the oldest task adapters name invertible adapters that they do not have, which count as none."""
+    options: Mapping[str, Any] = config["config"]
+    if config.get("type") == "text_task" and not any("invertible" in name for name in tensors):
+        return {name: value for name, value in options.items() if name not in INVERTIBLE}
+    return options
 
 
 def _head(directory: Path) -> Head | None:

@@ -2,7 +2,9 @@
 
     bottleneck       y = h + A(z), z = h, N(x + h) or x        -> adapter
     lora             y = W x + (alpha / r) B A x               -> lora
+                     y = l (W x + b), with "scale"             -> peft/ia3
     prefix_tuning    softmax(Q [P_k; K]^T) [P_v; V]            -> prefix
+    union            several of them                           -> combined
 
 Checked against AdapterHub 1.3.0 (`methods/modeling.py`, `lora.py`, `prefix_tuning.py`). Options under which it computes
 something else are refused by name.
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +33,9 @@ from lightsft.export.adapterhub_options import (
     prefix_options,
     refuse,
 )
+from lightsft.export.adapterhub_places import block_of, kept_layers, own_name
+from lightsft.export.adapterhub_scales import Scales
+from lightsft.export.adapterhub_union import Union, parts_of
 from lightsft.injection import Injection, Strategy
 from lightsft.junctions import find_junctions
 from lightsft.primitives.attention_prefix import PlacedPrefix
@@ -55,7 +60,9 @@ class Method(Protocol):
 def method_of(folder: AdapterHubFolder) -> Method:
     """The method of a folder. Raises ArtifactError naming every option under which it computes something else."""
     methods: dict[str, Callable[[AdapterHubFolder], Method]]
-    methods = {"bottleneck": Bottleneck, "lora": LowRankUpdates, "prefix_tuning": PrefixTuning}
+    methods = {"bottleneck": Bottleneck, "lora": LowRankUpdates, "prefix_tuning": PrefixTuning, "union": _union}
+    if folder.architecture == "lora" and folder.options.get("composition_mode") == "scale":
+        return Scales(folder)
     if folder.architecture not in methods:
         raise folder.wrong(
             f"uses architecture={folder.architecture!r}, which is not read",
@@ -63,6 +70,10 @@ def method_of(folder: AdapterHubFolder) -> Method:
             todo=NOT_READ,
         )
     return methods[folder.architecture](folder)
+
+
+def _union(folder: AdapterHubFolder) -> Method:
+    return Union([method_of(part) for part in parts_of(folder)])
 
 
 class Bottleneck:
@@ -89,7 +100,7 @@ class Bottleneck:
             dropout=options["dropout"],
             layer_norm_before=options["ln_before"],
             layer_norm_after=options["ln_after"],
-            layers=_layers(self.folder, backbone, options["leave_out"]),
+            layers=kept_layers(self.folder, backbone, options["leave_out"]),
             reads="residual" if self.after_sum or options["is_parallel"] else "sublayer",
         )
 
@@ -118,7 +129,7 @@ class Bottleneck:
             module, _, kind = part.rpartition(".")
             if down and module == "adapter_down.0":
                 continue  # the norm before, a second time
-            layer, rest = _block_of(self.folder, backbone, place)
+            layer, rest = block_of(self.folder, backbone, place)
             writer = writers.get((layer, "attention" in rest))
             if writer is None:
                 raise self.folder.wrong(
@@ -176,7 +187,7 @@ class LowRankUpdates:
         """`lora_A` and `lora_B` by the backbone's name of the module."""
         found: dict[str, dict[str, Tensor]] = {}
         for place, part, tensor in self.folder.parts("loras"):
-            found.setdefault(_own_name(self.folder, backbone, place), {})[part] = tensor
+            found.setdefault(own_name(self.folder, backbone, place), {})[part] = tensor
         odd = [module for module, parts in found.items() if parts.keys() != {"lora_A", "lora_B"}]
         odd += [module for module, parts in found.items() if any(tensor.ndim != 2 for tensor in parts.values())]
         if odd:
@@ -216,7 +227,7 @@ class PrefixTuning:
             num_virtual_tokens=self.length,
             initialisation="random",
             dropout=self.options["dropout"],
-            layers=_layers(self.folder, backbone, self.options["leave_out"]),
+            layers=kept_layers(self.folder, backbone, self.options["leave_out"]),
         )
 
     def tensors(self, injection: Injection) -> dict[str, Tensor]:
@@ -255,38 +266,3 @@ class PrefixTuning:
             return torch.nn.functional.linear(hidden, *layers[2:]).flatten()
         except RuntimeError as error:
             raise self.folder.wrong(f"holds matrices that do not fit: {error}") from error
-
-
-# ---- places
-
-
-def _layers(folder: AdapterHubFolder, backbone: Backbone, left_out: Any) -> tuple[int, ...] | None:
-    """The blocks that are not left out; None for all of them."""
-    depth = backbone.anatomy.depth
-    kept = tuple(layer for layer in range(depth) if layer not in (left_out or ()))
-    if not kept:
-        raise folder.wrong(f"leaves out all {depth} blocks: leave_out={left_out!r}")
-    return None if len(kept) == depth else kept
-
-
-def _own_name(folder: AdapterHubFolder, backbone: Backbone, place: str) -> str:
-    """A module's name in the backbone's model: the library's class may have another prefix, or none."""
-    model = backbone.model
-    inside = place.removeprefix(f"{model.base_model_prefix}.")
-    prefix = next(name for name, module in model.named_modules() if module is model.base_model)
-    name = f"{prefix}.{inside}" if prefix else inside
-    if backbone.anatomy.block_name_of(name) is None:
-        raise folder.wrong(
-            f"serves {place}, which is in no block of {type(model).__name__}",
-            todo="name the base that it was trained on",
-        )
-    return name
-
-
-def _block_of(folder: AdapterHubFolder, backbone: Backbone, place: str) -> tuple[int, str]:
-    """The index of the block that a place is in, and where in it."""
-    name = _own_name(folder, backbone, place)
-    block, index = backbone.anatomy.block_name_of(name), backbone.anatomy.block_of(name)
-    assert block is not None
-    assert index is not None
-    return index, name.removeprefix(block)

@@ -60,7 +60,7 @@ _LORA = {
     "alpha": _Option(8),
     "dropout": _Option(0.0),
     "attn_matrices": _Option(("q", "v")),
-    "composition_mode": _Option("add", ("add",), "vectors that scale: (IA)^3"),
+    "composition_mode": _Option("add", ("add", "scale"), "another composition"),
     "use_gating": _GATE,
     "use_dora": _Option(False, (False,), "DoRA that scales the bias too, and norms W + B A without alpha / r"),
     "vera_d": _Option(None, (None,), "VeRA"),
@@ -103,7 +103,7 @@ def bottleneck_options(folder: AdapterHubFolder) -> dict[str, Any]:
 
 
 def lora_options(folder: AdapterHubFolder) -> dict[str, Any]:
-    """Those of a LoRA. Raises ArtifactError for what the strategy `lora` does not compute.
+    """Those of a LoRA, or of vectors that scale. Raises ArtifactError for what no strategy computes.
 
     Versions of `adapters` before 1.1.0 scaled by 1 whatever alpha is, and later ones read their folders so.
     """

@@ -29,6 +29,8 @@ STRATEGIES = {
     **dict.fromkeys(("double", "norms", "single", "parallel", "headless", "default", "twice"), "Adapter"),
     **dict.fromkeys(("lora", "key", "pooler"), "LoRA"),
     **dict.fromkeys(("prefix", "flat"), "Prefix"),
+    **dict.fromkeys(("mam", "union"), "Combined"),
+    "ia3": "PeftIA3",
 }
 
 
@@ -121,6 +123,34 @@ def test_a_model_without_a_head_has_other_names_inside(bases, tmp_path):
     assert difference(output_of(model), reference()["bert_headless"]) < 1e-5
 
 
+@pytest.mark.parametrize("case", ["bert_twice", "gpt2_default"])
+def test_names_and_options_of_before_there_were_versions_are_read(case, bases, tmp_path):
+    """Task adapters of that time name an invertible adapter that they do not have."""
+    nice = {"invertible_adapter": {"block_type": "nice", "reduction_factor": 2}}
+    folder = copied(case, tmp_path / "in", options=nice, version=None, type="text_task")
+    old = {True: ".attention_text_task_adapters.", False: ".layer_text_task_adapters."}
+    with_tensors(
+        folder,
+        lambda tensors: {k.replace(".adapters.", old["attention" in k]): tensor for k, tensor in tensors.items()},
+    )
+    model, _ = converted(folder, base_of(bases, case), tmp_path / "out")
+    assert difference(output_of(model), reference()[case]) < 1e-5
+    with_tensors(folder, lambda tensors: tensors | {f"invertible_adapters.{case}.F.0.weight": torch.ones(1)})
+    with pytest.raises(ArtifactError, match="invertible_adapter="):
+        method_of(read_folder(folder))
+
+
+@pytest.mark.parametrize("case", ["bert_ia3", "gpt2_ia3"])
+def test_vectors_that_scale_become_an_ia3_that_peft_opens(case, bases, tmp_path):
+    convert(FOLDERS / case, to="peft", out=tmp_path / "out", base=base_of(bases, case))
+    kind = transformers.GPT2LMHeadModel if case == "gpt2_ia3" else transformers.BertForSequenceClassification
+    base = kind.from_pretrained(
+        base_of(bases, case), dtype=torch.float32, **({"num_labels": 3} if "bert" in case else {})
+    )
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    assert difference(output_of(model), reference()[case]) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's, for whoever merges
 @pytest.mark.parametrize("to", ["peft", "lora"])
 def test_a_fused_lora_becomes_one_that_peft_opens(to, bases, tmp_path):
@@ -190,7 +220,8 @@ def test_options_that_a_folder_does_not_give_have_the_librarys_defaults(tmp_path
         ("bert_double", {"of_tomorrow": 1}),
         ("bert_parallel", {"mh_adapter": True}),
         ("llama_parallel", {"mh_adapter": True}),
-        ("bert_lora", {"composition_mode": "scale"}),
+        ("bert_lora", {"composition_mode": "multiply"}),
+        ("bert_ia3", {"use_gating": True}),
         ("bert_lora", {"use_gating": True}),
         ("bert_lora", {"use_dora": True}),
         ("bert_lora", {"vera_d": 0.1}),
@@ -198,7 +229,7 @@ def test_options_that_a_folder_does_not_give_have_the_librarys_defaults(tmp_path
         ("bert_lora", {"weights_sharpness": 0.05}),
         ("bert_prefix", {"use_gating": True}),
         ("bert_prefix", {"of_tomorrow": 1}),
-        *(("bert_double", {"architecture": name}) for name in ("union", "reft", "prompt_tuning", "mtl_lora")),
+        *(("bert_double", {"architecture": name}) for name in ("reft", "prompt_tuning", "mtl_lora")),
     ],
     ids=str,
 )
@@ -370,6 +401,27 @@ DAMAGE = {
         "holds no A and B",
     ),
     "other_name": ("bert_double", lambda f: _set(f, "name", "other"), "adapters.other.PART"),
+    "no_union": ("bert_double", lambda f: _set_option(f, "architecture", "union"), "configs=None"),
+    "union_of_one_kind": (
+        "llama_union",
+        lambda f: _set_option(f, "configs", [{"architecture": "lora"}, {"architecture": "lora"}]),
+        "unites lora, lora",
+    ),
+    "union_with_another": (
+        "llama_union",
+        lambda f: _set_option(f, "configs", [{"architecture": "lora"}]),
+        "no part of lora: model.layers.0.output_adapters",
+    ),
+    "scales": (
+        "bert_ia3",
+        lambda f: with_tensors(f, lambda t: {n.replace("lora_B", "lora_A"): x for n, x in t.items()}),
+        "self.key.lora_A of",
+    ),
+    "few_scales": (
+        "gpt2_ia3",
+        lambda f: with_tensors(f, lambda t: {n: x[:-1] for n, x in t.items()}),
+        "factors for",
+    ),
     "class": ("bert_double", lambda f: _set(f, "model_class", "BertForAll"), "trained on a BertForAll"),
 }  # fmt: skip
 

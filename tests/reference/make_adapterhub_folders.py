@@ -133,6 +133,10 @@ CASES = {
     "llama_default": Case(AFTER_SUM.replace(non_linearity="gelu")),
     "llama_twice": Case(DOUBLE.replace(original_ln_before=True, scaling=0.5)),
     "llama_parallel": Case(PARALLEL.replace(ln_before=True, scaling="learned"), safe=False),
+    "bert_mam": Case(adapters.MAMConfig(PREFIX, PARALLEL), safe=False),
+    "bert_ia3": Case(adapters.IA3Config()),
+    "gpt2_ia3": Case(adapters.IA3Config(alpha=2, leave_out=[1])),
+    "llama_union": Case(adapters.ConfigUnion(AFTER_SUM, LORA.replace(intermediate_lora=True, output_lora=True))),
 }
 
 
