@@ -82,7 +82,7 @@ def test_no_word_of_a_removed_option_stays_in_the_documents():
         "--strategy", "--seed", "--base", "--out", "--set", "--file", "--help", "--no-deps",
         "--onto", "--most-rounding", "--correction-rank", "--check", "--max-shard-size", "--in-memory",
         "--weights", "--method", "--density",
-        "--to", "--rank", "--energy", "--drop-rest", "--quantize", "--force", "--dequantize",
+        "--to", "--rank", "--energy", "--drop-rest", "--calibration", "--quantize", "--force", "--dequantize",
         "--type", "--lora",
     }  # fmt: skip
     for document in DOCUMENTS:

@@ -47,13 +47,25 @@ def command(
     drop_rest: Annotated[
         bool, typer.Option("--drop-rest", help="With lora: leave out what a LoRA cannot express, and report it.")
     ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="With lora: fit it to what the strategy computes on the rows of this file, for what cannot merge.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Turn a trained strategy into a LoRA, a folder of lightsft or a folder of PEFT, and say what that loses."""
     from lightsft.export.convert import REPORT, convert
 
-    report = convert(source, to=to, out=out, base=base, rank=rank, energy=energy, drop_rest=drop_rest)
+    report = convert(
+        source, to=to, out=out, base=base, rank=rank, energy=energy, drop_rest=drop_rest, calibration=calibration
+    )
     typer.echo(f"converted {out}")
-    if to == "lora":
+    if "distilled" in report:
+        for line in _distilled(report):
+            typer.echo(line)
+    elif to == "lora":
         for line in _summary(report):
             typer.echo(line)
     if "vllm" in report:
@@ -78,6 +90,21 @@ def _summary(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"kept      {_some(report['kept_whole'])}")
     if report["dropped"]:
         lines.append(f"dropped   {_percent(report['dropped_share'])} of the squared change: {_some(report['dropped'])}")
+    return lines
+
+
+def _distilled(report: Mapping[str, Any]) -> list[str]:
+    found, scores = report["distilled"], report["distilled"]["score"]
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+    lines = [
+        f"weights   {len(report['weights'])}, of rank up to {report['rank']}, fitted on {found['rows']} rows",
+        f"{found['metric']:<9} {shown}, on {found['scored_on']} ({found['scored']})",
+        f"logits    {_percent(found['logit_difference_of_effect'])} of what the strategy does to them is missing",
+    ]
+    if found["logit_difference_of_effect"] >= 1:
+        lines.append(
+            "note      this LoRA is no nearer to the strategy than the base is: give more rows or a higher rank"
+        )
     return lines
 
 

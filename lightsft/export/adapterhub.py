@@ -35,7 +35,7 @@ _CLASSIFIERS: dict[tuple[Any, ...], Mapping[str, str]] = {
 }
 
 
-def load(directory: Path, base: str | None = None) -> Injection:
+def load(directory: Path, base: str | None = None, dtype: str = "checkpoint") -> Injection:
     """The strategy that AdapterHub's folder holds, on `base` or on the model that the folder names.
 
     Raises ArtifactError for a damaged folder, for options and heads that cannot be expressed (all of them at once), for
@@ -43,7 +43,7 @@ def load(directory: Path, base: str | None = None) -> Injection:
     """
     folder = read_folder(directory)
     method, names = method_of(folder), _head_names(folder)
-    backbone = _backbone(folder, base)
+    backbone = _backbone(folder, base, dtype)
     head = _head_tensors(folder, backbone, names)
     strategy = method.strategy(backbone)
     whole = sorted(set(head) - backbone.head)
@@ -69,7 +69,7 @@ def _with_whole(strategy: Strategy, whole: Sequence[str]) -> Strategy:
 # ---- the backbone
 
 
-def _backbone(folder: AdapterHubFolder, base: str | None) -> Backbone:
+def _backbone(folder: AdapterHubFolder, base: str | None, dtype: str) -> Backbone:
     """The model of the class that the folder means, of the size that it says."""
     source = base or folder.model_name
     if not source:
@@ -82,7 +82,7 @@ def _backbone(folder: AdapterHubFolder, base: str | None) -> Backbone:
             raise folder.wrong(
                 "holds a head with num_labels=1: a regression", expected="labels to choose from", todo=""
             )
-    backbone = Backbone.load(source, dtype="checkpoint", device="cpu", **what)
+    backbone = Backbone.load(source, dtype=dtype, device="cpu", **what)
     said = {"model_type": folder.model_type, "hidden_size": folder.hidden_size}
     found = {name: getattr(backbone.model.config, name, None) for name in said}
     if any(found[name] != value for name, value in said.items() if value is not None):

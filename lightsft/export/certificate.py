@@ -77,7 +77,7 @@ def certify(
     What is not meant to be exact (codes, other weights) has to be reloaded as it was written; how far it is from what
     was trained is reported, and limited by the rounding of its weights.
     """
-    kept = [_kept(batch, logits) for batch, logits in zip(batches, tuned, strict=True)]
+    kept = [kept_positions(batch, logits) for batch, logits in zip(batches, tuned, strict=True)]
     before, here, after, plain = (
         torch.cat([logits[keep] for logits, keep in zip(group, kept, strict=True)])
         for group in (tuned, merged, reloaded, base)
@@ -136,7 +136,7 @@ def require_passed(certificate: Mapping[str, Any], *, wide: bool, in_codes: bool
     )
 
 
-def _kept(batch: Batch, logits: Tensor) -> Tensor:
+def kept_positions(batch: Batch, logits: Tensor) -> Tensor:
     """Which positions count: (batch,) of a classifier, all; (batch, length) of a language model, the unpadded ones."""
     if logits.dim() < 3 or "attention_mask" not in batch:
         return torch.ones(logits.shape[:-1], dtype=torch.bool)

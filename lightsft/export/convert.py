@@ -1,7 +1,8 @@
 """Convert what was trained into another form: a LoRA of a chosen rank, a folder of lightsft, a folder of PEFT.
 
     lora       B A ~ W' - W for every linear layer and embedding, from an adapter folder of anything that merges, or
-               from a checkpoint that was tuned whole, beside the one that it was tuned from
+               from a checkpoint that was tuned whole, beside the one that it was tuned from; or fitted to what any
+               strategy computes on rows of its task
     lightsft   the same tensors with lightsft.json
     peft       the same tensors with adapter_config.json, where PEFT has the method
 
@@ -24,6 +25,7 @@ from lightsft.errors import ArtifactError, ConfigurationError, MergeError
 from lightsft.export import adapterhub
 from lightsft.export.adapterhub_folder import is_adapterhub
 from lightsft.export.as_lora import AsLoRA
+from lightsft.export.calibration import Calibration
 from lightsft.export.low_rank_fit import rounding_noise
 from lightsft.export.tuned_checkpoint import open_tuned, require_folder
 from lightsft.export.vllm_check import vllm_problems
@@ -47,6 +49,7 @@ def convert(
     rank: int = 16,
     energy: float | None = None,
     drop_rest: bool = False,
+    calibration: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write `source` as `to` ("lora", "lightsft", "peft") in the new folder `out`; returns what conversion.json says.
 
@@ -55,19 +58,23 @@ def convert(
 
     For "lora": factors have at most `rank`, or with `energy` the smallest rank that keeps this share of the squared
     change of a weight. What a LoRA cannot express (norms, biases, new tokens) is refused, or with `drop_rest` left out
-    and listed with its share. Task heads and modules_to_save are kept whole.
+    and listed with its share. Task heads and modules_to_save are kept whole. With `calibration`, a file of rows of the
+    task, the LoRA is fitted to what the strategy computes on them, whatever it is.
 
     Raises ConfigurationError, ArtifactError or BackboneError for what cannot be read, MergeError for what cannot be
     expressed, OutputError if `out` holds something. Only a whole folder is left there.
     """
     source, out, named = Path(source), Path(out), None if base is None else str(base)
     _require_known(to, rank, energy)
+    _require_distilling(source, to, energy, drop_rest, calibration)
     require_free(out)
     if is_adapter(source) or is_adapterhub(source):
         with quiet():
-            injection = _opened(source, named)
+            injection = _opened(source, named, "checkpoint" if calibration is None else "float32")
             if to != "lora":
                 return _write_as_it_is(source, injection, to, out)
+            if calibration is not None:
+                return _write_distilled(source, injection, rank, Path(calibration), out)
             backbone, converted = injection.backbone, _of_adapter(source, injection, rank, energy, drop_rest)
             made = _placed_instead(injection, converted)
     elif to == "lora" and (source / "config.json").is_file():
@@ -83,11 +90,11 @@ def convert(
     return _write(source, made, out, report, to)
 
 
-def _opened(source: Path, base: str | None) -> Injection:
+def _opened(source: Path, base: str | None, dtype: str) -> Injection:
     """What an adapter folder holds, on its base."""
     if is_adapterhub(source):
-        return adapterhub.load(source, base)
-    return artifact.load(source, artifact.load_base(source, base, dtype="checkpoint", device="cpu"))
+        return adapterhub.load(source, base, dtype)
+    return artifact.load(source, artifact.load_base(source, base, dtype=dtype, device="cpu"))
 
 
 def _require_known(to: str, rank: int, energy: float | None) -> None:
@@ -97,6 +104,26 @@ def _require_known(to: str, rank: int, energy: float | None) -> None:
         raise ConfigurationError(f"rank={rank}", expected="a rank of at least 1")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigurationError(f"energy={energy}", expected="a share above 0, up to 1 (0.99 keeps 99 %)")
+
+
+def _require_distilling(
+    source: Path, to: str, energy: float | None, drop_rest: bool, calibration: str | Path | None
+) -> None:
+    """What goes together with rows to distil on."""
+    if calibration is None:
+        return
+    if to != "lora" or energy is not None or drop_rest:
+        raise ConfigurationError(
+            f"rows to distil on ({calibration}), and {'energy or drop_rest' if to == 'lora' else f'to={to!r}'}",
+            expected="--to lora --calibration FILE, with --rank alone",
+            todo="leave one of them out",
+        )
+    if not (is_adapter(source) or is_adapterhub(source)):
+        raise ArtifactError(
+            f"{source} is no adapter folder",
+            expected="one to distil",
+            todo="leave --calibration out, or check the path",
+        )
 
 
 def _not_convertible(source: Path, to: str) -> ArtifactError:
@@ -122,7 +149,8 @@ def _of_adapter(source: Path, injection: Injection, rank: int, energy: float | N
         raise MergeError(
             f"{source} holds {type(injection.strategy).__name__}, which computes something that no weight can express",
             expected="a strategy that changes weights (full, lora, ia3, vera, ...)",
-            todo="ship the adapter folder as it is",
+            todo="ship the adapter folder as it is, or fit a LoRA to what it computes on rows of its task: "
+            "--calibration FILE",
         )
     converted = AsLoRA(
         injection.backbone,
@@ -180,6 +208,16 @@ def _write_as_it_is(source: Path, injection: Injection, to: str, out: Path) -> d
         "tensors": len(injection.tensors()),
     }
     return _write(source, injection, out, report, to)
+
+
+def _write_distilled(source: Path, injection: Injection, rank: int, rows: Path, out: Path) -> dict[str, Any]:
+    """A LoRA fitted to what the strategy computes."""
+    trial = Calibration(source, injection, rows)
+    converted = trial.as_lora(rank, _whole(injection))
+    made = _placed_instead(injection, converted)
+    compared = trial.compared(made)
+    report = {"to": "lora", "source": str(source), "base": made.backbone.source, **converted.as_json()}
+    return _write(source, made, out, report | {"distilled": compared}, "lora")
 
 
 def _write(source: Path, injection: Injection, out: Path, report: dict[str, Any], to: str) -> dict[str, Any]:
