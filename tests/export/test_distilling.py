@@ -10,8 +10,9 @@ from torch import nn
 from lightsft import Backbone, artifact
 from lightsft.errors import ArtifactError, ConfigurationError, DataError, MergeError
 from lightsft.export.convert import convert
-from lightsft.export.distilling import distil, places_of, unnormed
+from lightsft.export.distilling import Distilled, distil, places_of, unnormed
 from lightsft.injection import Injection
+from lightsft.primitives.side import first_output
 from lightsft_adapters import Adapter, LoRA, Prefix
 from lightsft_adapters.prompt import Prompt
 from lightsft_adapters.reft import ReFT
@@ -111,12 +112,30 @@ def test_more_rank_leaves_less():
 
 
 def test_later_layers_make_up_for_what_earlier_ones_leave():
-    """What is wanted of a layer is seen in the model with the factors of those before it."""
+    """What is wanted of a layer is what the model with the factors of those before it is missing of the stream."""
     injection = randomise(Adapter(4, "pfeiffer", layers=[0]).inject(Backbone(tiny("llama"))), scale=0.3)
-    found = distil(injection, texts(injection.model, 20), rank=1)
+    batches = texts(injection.model, 20)
+    found = distil(injection, batches, rank=1)
     last = "model.layers.1.mlp.down_proj"
-    assert found.wanted[last] > 0  # block 1 has no adapter: what is missing comes from block 0
+    before = {path: one for path, one in found.regressions.items() if path != last}
+    student = with_factors("llama", Distilled(before, {}, 0))
+    wanted = 0.0
+    for inputs in batches:
+        here, there, base = (stream(model, inputs) for model in (student, injection.model, tiny("llama")))
+        wanted += float((here - there).double().square().sum())
+    assert found.wanted[last] == pytest.approx(wanted, rel=1e-4)  # block 1 has no adapter of its own
+    assert (here - there).norm() < 0.95 * (base - there).norm()
     assert found.wanted["model.layers.0.self_attn.o_proj"] == 0
+
+
+def stream(model, inputs):
+    """What the last block returns, without padding."""
+    seen = []
+    handle = model.model.layers[-1].register_forward_hook(lambda _, args, output: seen.append(first_output(output)))
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    return seen[0][inputs["attention_mask"].bool()]
 
 
 @pytest.mark.parametrize("affine", [True, False])
