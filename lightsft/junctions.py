@@ -10,7 +10,7 @@ no junction of this form and is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -25,9 +25,12 @@ from lightsft.anatomy import Anatomy, is_within
 from lightsft.backbone import Backbone
 from lightsft.dry_run import evaluating, tensors_in, visible_attention
 from lightsft.sublayers import find_sublayers
-from lightsft.trace import ADDITIONS, VIEWS
+from lightsft.trace import ADDITIONS
 
-UNCHANGED = VIEWS | {"dropout", "dropout_", "feature_dropout", "alpha_dropout"}  # in evaluation mode
+UNCHANGED = frozenset(  # functions whose result, of the same shape, holds the same values, in evaluation mode
+    {"to", "type", "float", "half", "bfloat16", "double", "clone", "contiguous", "view", "reshape"}
+    | {"dropout", "dropout_", "feature_dropout", "alpha_dropout"}
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Junction:
 def find_junctions(backbone: Backbone) -> dict[str, Junction]:
     """By the name of the module that writes; without those where no such sum is seen, or x is nobody's input."""
     example = backbone.example
-    writers = {one.writes for one in find_sublayers(backbone)}
+    writers = {one.writes: one.attention for one in find_sublayers(backbone)}
     if example is None or not writers:
         return {}
     with ExitStack() as stack:
@@ -59,16 +62,16 @@ def find_junctions(backbone: Backbone) -> dict[str, Junction]:
 
 @dataclass(frozen=True)
 class _Sum:
-    """x + h of one writer, as it was seen; numbers stand for tensors."""
+    """x + h of one writer, as it was seen: who was last given x, in order; the number of the result."""
 
-    stream: int
+    readers: tuple[str, ...]
     result: int
 
 
 class _Watcher(TorchFunctionMode):
     """Numbers tensors, the same for all that hold the same values, and notes what is given to whom."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, writers: set[str]) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, writers: Mapping[str, bool]) -> None:
         super().__init__()
         self.model, self.anatomy, self.writers = model, anatomy, writers
         self.names = {module: name for name, module in model.named_modules() if "lightsft" not in name}
@@ -81,7 +84,8 @@ class _Watcher(TorchFunctionMode):
         self.written: dict[int, str] = {}  # tensor -> the writer that returned it
         self.readers: dict[int, list[str]] = {}  # tensor -> the modules that it was the first input of, in order
         self.results: dict[str, int] = {}  # module -> what it returned
-        self.order: dict[str, int] = {}  # module -> when it was first called
+        self.latest: dict[str, int] = {}  # module -> the first input of its last call, in the order of the first calls
+        self.plain: set[str] = set()  # modules that are given one tensor and return one
         self.added: set[int] = set()  # what was one of two that were added
         self.sums: dict[str, _Sum] = {}
 
@@ -94,14 +98,17 @@ class _Watcher(TorchFunctionMode):
             yield module.register_forward_hook(self._leave)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = self.names[module]
-        self.order.setdefault(name, len(self.order))
-        first = next(tensors_in((args, kwargs)), None)
-        if first is not None:
-            self.readers.setdefault(self._number(first), []).append(name)
+        name, given = self.names[module], list(tensors_in((args, kwargs)))
+        if given:
+            self.latest[name] = self._number(given[0])
+            self.readers.setdefault(self.latest[name], []).append(name)
+        if len(given) == 1:
+            self.plain.add(name)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         name, first = self.names[module], next(tensors_in((output,)), None)
+        if not isinstance(output, Tensor):
+            self.plain.discard(name)
         if first is None:
             return
         self.results[name] = self._number(first)
@@ -136,7 +143,8 @@ class _Watcher(TorchFunctionMode):
             return
         for one, other in (numbers, reversed(numbers)):
             if other in self.written and one not in self.written:
-                self.sums[self.written[other]] = _Sum(one, self._number(result))
+                readers = tuple(name for name, number in self.latest.items() if number == one)
+                self.sums[self.written[other]] = _Sum(readers, self._number(result))
 
     # ---- understanding
 
@@ -145,16 +153,29 @@ class _Watcher(TorchFunctionMode):
         found = {}
         for writer, joined in self.sums.items():
             block = self.anatomy.block_name_of(writer)
-            reader = self._reader(writer, joined, block)
+            reader = self._reader(writer, joined, block) if block is not None else None
             if block is not None and reader is not None:
-                found[writer] = Junction(writer, reader, self._norm(joined, block))
+                norm = self._norm(joined, block)
+                if norm is None or norm in self.plain:
+                    found[writer] = Junction(writer, reader, norm)
         return found
 
-    def _reader(self, writer: str, joined: _Sum, block: str | None) -> str | None:
-        """A layer, rather than what holds it, whose input is x; called before h is there."""
-        inside = [name for name in self.readers.get(joined.stream, ()) if block is not None and is_within(name, block)]
-        before = [name for name in inside if self.order[name] <= self.order[writer]]
-        return next((name for name in before if name in self.leaves), before[0] if before else None)
+    def _reader(self, writer: str, joined: _Sum, block: str) -> str | None:
+        """What was last given x before h was there, a layer rather than what holds others.
+
+        No module around the writer, nor for a feed-forward a part of an attention: where activations are recomputed, a
+        sublayer may run without these.
+        """
+        called = list(self.latest)
+        found = [
+            name
+            for name in joined.readers
+            if is_within(name, block)
+            and not is_within(writer, name)
+            and called.index(name) < called.index(writer)
+            and (self.writers[writer] or self.anatomy.attention_of(name) is None)
+        ]
+        return next((name for name in found if name in self.leaves), found[0] if found else None)
 
     def _norm(self, joined: _Sum, block: str) -> str | None:
         """The only module that is given the sum, if the block goes on with what it returns."""

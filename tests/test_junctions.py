@@ -12,6 +12,7 @@ from lightsft.junctions import find_junctions
 from lightsft.meta import weightless
 from lightsft.sublayers import find_sublayers
 from lightsft.trace import meta_copy
+from lightsft_adapters import Adapter, LoRA
 from tests.tiny_models import NAMES, batch, tiny
 
 POST_NORM = {"bert", "bart", "roberta", "distilbert", "albert"}
@@ -90,3 +91,34 @@ def test_a_stream_that_is_joined_by_something_else_has_none(kind, sizes):
     """Attention and feed-forward at once, or an output that is scaled on its way."""
     config = getattr(transformers, f"{kind}Config")(**SIZES, **sizes, pad_token_id=0)
     assert find_junctions(Backbone(getattr(transformers, f"{kind}ForCausalLM")(config).eval())) == {}
+
+
+def test_a_stream_that_only_the_block_around_is_given_has_none():
+    """Reformer computes its sublayers again one by one, without the block."""
+    config = transformers.ReformerConfig(
+        hidden_size=64,
+        feed_forward_size=96,
+        num_attention_heads=4,
+        attention_head_size=16,
+        attn_layers=["local"],
+        local_attn_chunk_length=4,
+        axial_pos_shape=[4, 4],
+        axial_pos_embds_dim=[16, 48],
+        vocab_size=100,
+        is_decoder=False,
+    )
+    found = find_junctions(Backbone(transformers.ReformerForMaskedLM(config).eval()))
+    assert "reformer.encoder.layers.0.attention.output.dense" not in found
+
+
+def test_a_norm_that_returns_more_than_a_tensor_gives_none():
+    config = transformers.IBertConfig(**SIZES)
+    assert find_junctions(Backbone(transformers.IBertForMaskedLM(config).eval())) == {}
+
+
+def test_sides_of_others_do_not_move_a_junction():
+    plain = find_junctions(Backbone(tiny("llama")))
+    for strategy in (LoRA(2), Adapter(4, reads="residual")):
+        backbone = Backbone(tiny("llama"))
+        strategy.inject(backbone)
+        assert find_junctions(backbone) == plain
