@@ -103,13 +103,15 @@ def _task(source: Path, injection: Injection) -> Task:
     settings = dict((read_settings(source) or {}).get("task") or {})
     if not settings and backbone.task is not None:
         names = backbone.model.config.id2label if backbone.head else {}
-        settings = {"name": backbone.task} | ({"labels": [names[index] for index in sorted(names)]} if names else {})
+        settings = {"name": backbone.task, "labels": [names[index] for index in sorted(names)]}
     if not settings:
         raise ConfigurationError(
             f"{source} does not say which task it was trained for, so no rows of it can be read",
             expected="a classifier or a language model",
             todo="ship the adapter folder as it is",
         )
+    if not settings.get("labels"):  # of a language model
+        settings.pop("labels", None)
     return task(settings.pop("name"), **settings)
 
 

@@ -122,10 +122,9 @@ class _Student:
 
     def add(self, layer: nn.Module, found: Regression) -> Any:
         """The handle of the hook that adds B A c."""
-        a, b = (factor.to(next(layer.parameters())) for factor in (found.a, found.b))
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return output + args[0] @ a.T @ b.T if self.active else None
+            return output + args[0] @ found.a.T.to(args[0]) @ found.b.T.to(args[0]) if self.active else None
 
         return layer.register_forward_hook(hook)
 

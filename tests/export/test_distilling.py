@@ -1,6 +1,8 @@
 """LoRAs distilled from strategies: exact where one exists, and else as near as is reported."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from lightsft_adapters.reft import ReFT
 from tests import checkpoints
 from tests.tiny_models import batch, logits, off, randomise, tiny
 
+ADAPTERHUB = Path(__file__).parents[1] / "reference" / "adapterhub_folders"
 WRITERS = {
     "bert": r".*output\.dense",
     "llama": r".*(o_proj|down_proj)",
@@ -251,6 +254,34 @@ def test_a_run_is_scored_on_the_rows_that_it_held_out(bases, files, tmp_path):
     assert found["scored"] > 5
     assert found["rows"] + found["scored"] == 120  # those that are scored are no part of the fit
     assert found["logit_difference_of_effect"] < 0.2
+
+
+def test_folders_that_no_run_wrote_are_of_the_task_of_their_base(bases, files, tmp_path):
+    """One that was saved without saying more, and one of AdapterHub."""
+    backbone = Backbone.load(bases["llama"], task="chat", dtype="float32", device="cpu")
+    randomise(Adapter(4).inject(backbone), scale=0.1).save(tmp_path / "in")
+    found = convert(tmp_path / "in", to="lora", out=tmp_path / "out", calibration=files["llama"])["distilled"]
+    assert found["metric"] == "loss"
+    base = tmp_path / "base"
+    shutil.copytree(ADAPTERHUB / "bases" / "llama", base)
+    checkpoints.chat_tokenizer().save_pretrained(base)
+    model = transformers.LlamaForCausalLM.from_pretrained(base)
+    resized(model).save_pretrained(base)
+    folder = tmp_path / "adapterhub"
+    shutil.copytree(ADAPTERHUB / "llama_default", folder)
+    for name in ("head_config.json", "model_head.safetensors"):
+        (folder / name).unlink()
+    options = {"to": "lora", "out": tmp_path / "other", "base": base, "calibration": files["llama"]}
+    found = convert(folder, **options)["distilled"]
+    assert (found["strategy"], found["metric"]) == ("Adapter", "loss")
+    assert found["logit_difference_of_effect"] < 0.9
+
+
+def resized(model):
+    """As many rows as the tokenizer has tokens, and as many positions as its texts."""
+    model.resize_token_embeddings(len(checkpoints.chat_tokenizer()))
+    model.config.max_position_embeddings = 128
+    return model
 
 
 def test_the_command_says_what_is_missing(command, bases, files, tmp_path):
