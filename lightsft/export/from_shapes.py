@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor
 from lightsft.export.companions import differences
 from lightsft.export.layout import Entry
+from lightsft.export.mergeable import require_mergeable
 from lightsft.export.placing import Placed, placed_without_values
 from lightsft.finite import is_finite
 from lightsft.injection import Injection
@@ -28,15 +29,17 @@ from lightsft.row_changes import RowChange, Rows, Values, as_matrix
 def made_by_shapes(adapter: Path, checkpoint: Checkpoint) -> tuple[dict[str, Entry], dict[str, Any]] | None:
     """The new checkpoint's tensors, and what its config.json says otherwise; None where the model in memory is needed.
 
-    That is where a change is not one by rows, or a tensor is stored in a way that is not understood.
+    That is where a change is not one by rows, or a tensor is stored in a way that is not understood. Raises MergeError
+    for a strategy that no weight can express.
     """
     before = AutoConfig.from_pretrained(checkpoint.folder).to_dict()
     if "quantization_config" in before:
         return None
     found = placed_without_values(adapter, checkpoint, before["architectures"] or [])
-    if found is None or not found.injection.mergeable:
+    if found is None:
         return None
     injection = found.injection
+    require_mergeable(injection, adapter)
     changes = _changes(injection)
     made = None if changes is None else _made(changes, found, checkpoint)
     if made is None:

@@ -16,6 +16,7 @@ from lightsft.export.certificate import certify, logits_of, plain_logits, requir
 from lightsft.export.companions import copy_licence
 from lightsft.export.held_out import HeldOut
 from lightsft.export.inputs import inputs_to_compare, score
+from lightsft.export.mergeable import require_mergeable
 from lightsft.export.model_card import write_card
 from lightsft.export.provenance import CERTIFICATE, provenance
 from lightsft.export.rounding import MOST_ROUNDING
@@ -44,8 +45,7 @@ def merge_in_memory(
     require_free(out)
     backbone = artifact.load_base(adapter, base, dtype=dtype, device="cpu")
     injection = artifact.load(adapter, backbone)
-    if not injection.mergeable:
-        raise _cannot_merge(injection, adapter)
+    require_mergeable(injection, adapter)
     name = backbone.task or "chat"
     compared = inputs_to_compare(backbone, rows)
     wanted = None if dtype == "checkpoint" else choose_dtype(dtype, backbone.model.device)
@@ -121,12 +121,3 @@ def _keep_length(backbone: Backbone, adapter: Path) -> None:
     settings = (adapter_files.read_settings(adapter) or {}).get("task") or {}
     if settings.get("max_length") and backbone.head:
         backbone.tokenizer.model_max_length = min(backbone.tokenizer.model_max_length, settings["max_length"])
-
-
-def _cannot_merge(injection: Injection, adapter: Path) -> MergeError:
-    return MergeError(
-        f"{adapter} holds {type(injection.strategy).__name__}, which computes something that no weight can express",
-        expected="a strategy that changes weights (full, lora)",
-        todo=f"ship the adapter folder itself: lightsft.load({str(adapter)!r}), or lightsft predict {adapter} TEXT; or "
-        f"a folder that brings the rest as code: lightsft export {adapter} --to transformers --out DIR",
-    )

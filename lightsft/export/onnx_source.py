@@ -57,7 +57,7 @@ def _generates(folder: Path) -> ConfigurationError:
         f"{folder} holds a model that generates text, which is not exported to ONNX here",
         expected="a classifier, a token classifier, a question answering or an embedding model",
         todo=f"lightsft merge {folder} --out DIR makes a plain checkpoint that inference servers load; what does not "
-        "merge is used from the adapter folder with lightsft.load",
+        f"merge becomes a folder with code of its own: lightsft export {folder} --to transformers --out DIR",
     )
 
 
