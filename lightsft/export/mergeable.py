@@ -14,6 +14,6 @@ def require_mergeable(injection: Injection, adapter: Path) -> None:
         raise MergeError(
             f"{adapter} holds {type(injection.strategy).__name__}, which computes something that no weight can express",
             expected="a strategy that changes weights (full, lora)",
-            todo=f"ship the adapter folder itself: lightsft.load({str(adapter)!r}), or lightsft predict {adapter} TEXT; "
-            f"or a folder that brings the rest as code: lightsft export {adapter} --to transformers --out DIR",
+            todo=f"ship the adapter folder itself: lightsft.load({str(adapter)!r}), or lightsft predict {adapter} TEXT;"
+            f" or a folder that brings the rest as code: lightsft export {adapter} --to transformers --out DIR",
         )
