@@ -156,6 +156,8 @@ class Site:
 class BottleneckSide(Side):
     """h + A(h). `down` and `up` are D with d and U with u: anything with a weight and a bias."""
 
+    combines: ClassVar[str] = "output"
+
     def __init__(self, size: int, down: nn.Module, up: nn.Module, options: Adapter, axis: int = -1) -> None:
         super().__init__()
         self.axis = axis  # of the output, along which its features lie: 1 after a convolution
@@ -181,31 +183,6 @@ class BottleneckSide(Side):
         change = self.dropout(_linear(self.up, hidden) * self.scaling)
         return _norm(self.norm_after, change).to(dtype).movedim(-1, self.axis)
 
-
-class ParallelSide(BottleneckSide):
-    """h + A(z), `inputs` being z: what the feed-forward reads, or the stream before that."""
-
-    def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
-        """`output` is h."""
-        return output + self.change(inputs, output.dtype)
-
-
-class StreamSide(BottleneckSide):
-    """h + A(x + h), `inputs` being x."""
-
-    def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
-        """`output` is h."""
-        return output + self.change(inputs + output, output.dtype)
-
-
-class NormedSide(BottleneckSide):
-    """N(v + A(N(v))), on the norm N itself: `inputs` is v = x + h, `output` is N(v)."""
-
-    def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
-        """N runs a second time, past its hooks, in the type that it ran in before."""
-        normed: Tensor = served.forward(inputs + self.change(output, inputs.dtype))
-        return normed.to(output.dtype)
-
     def standalone(self) -> Standalone:
         """The same with D and U as plain matrices."""
         norms = {"norm_before": self.norm_before, "norm_after": self.norm_after}
@@ -216,9 +193,40 @@ class NormedSide(BottleneckSide):
         }
         tensors["scaling"] = torch.as_tensor(self.scaling, dtype=torch.float32).detach()
         options: dict[str, Any] = {name: name in used for name in norms}
-        options |= {"parallel": self.parallel, "axis": self.axis, "activation": self.non_linearity}
+        options |= {"combines": self.combines, "axis": self.axis, "activation": self.non_linearity}
         options |= {"size": self.size, "bottleneck": len(matrices["down"].bias)}
         return Standalone(Bottleneck, options, tensors)
+
+
+class ParallelSide(BottleneckSide):
+    """h + A(z), `inputs` being z: what the feed-forward reads, or the stream before that."""
+
+    combines = "input"
+
+    def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        """`output` is h."""
+        return output + self.change(inputs, output.dtype)
+
+
+class StreamSide(BottleneckSide):
+    """h + A(x + h), `inputs` being x."""
+
+    combines = "sum"
+
+    def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        """`output` is h."""
+        return output + self.change(inputs + output, output.dtype)
+
+
+class NormedSide(BottleneckSide):
+    """N(v + A(N(v))), on the norm N itself: `inputs` is v = x + h, `output` is N(v)."""
+
+    combines = "norm"
+
+    def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        """N runs a second time, past its hooks, in the type that it ran in before."""
+        normed: Tensor = served.forward(inputs + self.change(output, inputs.dtype))
+        return normed.to(output.dtype)
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Bottleneck adapter: y = h + N2(s (U f(D N1(z) + d) + u)) (1902.00751, section 2.1), with or without N1 and N2."""
+"""Bottleneck adapter: y = h + A(z), A(z) = N2(s (U f(D N1(z) + d) + u)) (1902.00751, section 2.1), N1 and N2 optional.
+
+With x what was read, z is the "output" h, the "input" x, or their "sum"; on a "norm" N, y = N(x + A(N(x))).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from .sides import Affine, Norm, Side
 
 
 class Bottleneck(Side):
-    """D (bottleneck, size), U (size, bottleneck); z is the output h or, where it is `parallel`, what was read.
+    """D (bottleneck, size), U (size, bottleneck); `combines`: "output", "input", "sum" or "norm".
 
     `axis`: of the output, along which its features lie.
     """
@@ -20,13 +23,13 @@ class Bottleneck(Side):
         size: int,
         bottleneck: int,
         activation: str,
-        parallel: bool = False,
+        combines: str = "output",
         norm_before: bool = False,
         norm_after: bool = False,
         axis: int = -1,
     ) -> None:
         super().__init__()
-        self.parallel, self.axis = parallel, axis
+        self.combines, self.axis = combines, axis
         self.norm_before = Norm(size) if norm_before else nn.Identity()
         self.down = Affine(size, bottleneck)
         self.activation = ACT2FN[activation]
@@ -36,7 +39,14 @@ class Bottleneck(Side):
 
     def forward(self, served: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         """`output` with what the adapter adds."""
-        z = (inputs if self.parallel else output).movedim(self.axis, -1)
-        made = self.up(self.activation(self.down(self.norm_before(z)))) * self.scaling
-        change: Tensor = self.norm_after(made)
-        return output + change.to(output.dtype).movedim(-1, self.axis)
+        if self.combines == "norm":
+            normed: Tensor = served.forward(inputs + self.change(output, inputs.dtype))  # past its hooks
+            return normed.to(output.dtype)
+        z = {"output": output, "input": inputs}.get(self.combines)
+        return output + self.change(inputs + output if z is None else z, output.dtype)
+
+    def change(self, z: Tensor, dtype: torch.dtype) -> Tensor:
+        """A(z), in another type."""
+        hidden = self.activation(self.down(self.norm_before(z.movedim(self.axis, -1))))
+        change: Tensor = self.norm_after(self.up(hidden) * self.scaling)
+        return change.to(dtype).movedim(-1, self.axis)

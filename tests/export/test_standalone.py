@@ -49,6 +49,8 @@ ADAPTERS = {
     "pfeiffer": Adapter(4, "pfeiffer", scaling=0.5, layers=[1]),
     "parallel": Adapter(4, "parallel", scaling="learned", layer_norm_before=True, non_linearity="swish"),
     "compacter": Compacter(8),
+    "reading the residual stream": Adapter(4, reads="residual", layer_norm_before=True),
+    "parallel to the whole sublayer": Adapter(4, "parallel", reads="residual"),
 }
 OTHERS = {
     "prefix": Prefix(5),
