@@ -56,6 +56,7 @@ def test_it_is_fewer_than_60_lines_of_python():
     assert sum(len(file.read_text().splitlines()) for file in PLUGIN.rglob("*.py")) < 60
 
 
+@pytest.mark.slow
 def test_it_shows_among_the_strategies(package):
     done = python("-m", "lightsft", "strategies", path=[package])
     assert done.returncode == 0, done.stderr

@@ -123,7 +123,7 @@ class _Files:
         parts = [_read(tensor) for tensor in stored]
         recoding = self.placed.recodings.get(name)
         if recoding is not None:
-            return recoding(parts[0])
+            return recoding.whole(parts[0])
         return parts[0] if len(parts) == 1 else _stacked(parts, self.placed.injection.model, name)
 
 

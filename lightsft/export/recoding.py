@@ -9,8 +9,9 @@ and a little) are kept while the tensor is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lightsft.quantizing import quantized_layer
 
 BLOCK = 64  # weights that share a scale in 4 bits
 SCALES = 256  # scales that share one, with double quantization
+ROWS = 256  # that are coded together where a whole matrix is wanted
 AT_ONCE = 16  # tiles that are coded together
 
 Read = Callable[[slice], Tensor]  # rows of the stored matrix
@@ -30,10 +32,14 @@ Rows = Callable[[Tensor, slice], Tensor]  # (those rows as stored, which they ar
 
 @dataclass(frozen=True)
 class Recoding:
-    """Q, and whether the matrix is stored as (in, out)."""
+    """Q, and whether the matrix is stored as (in, out).
+
+    The mean of all scales depends on how many `threads` torch sums them with: as many as where the model is loaded.
+    """
 
     how: Quantization
     transposed: bool = False
+    threads: int = field(default_factory=torch.get_num_threads)
 
     def by_rows(self, rows: int, columns: int, read: Read) -> Rows:
         """What rows of the matrix stand for; reads the whole of it first where they depend on each other."""
@@ -41,9 +47,16 @@ class Recoding:
         if not self.transposed and (self.how.scheme == "int8" or (whole_blocks and not self.how.double)):
             return lambda stored, part: self(stored)
         if not self.transposed and whole_blocks:
-            return _DoubleCodes(self.how, rows, columns, read).rows
+            return _DoubleCodes(self, rows, columns, read).rows
         values = self(read(slice(0, rows)))
         return lambda stored, part: values[part]
+
+    @torch.no_grad()
+    def whole(self, weight: Tensor) -> Tensor:
+        """D(Q(W)), made some rows at a time where that can be: coding takes many times the memory of what is coded."""
+        rows = self.by_rows(weight.shape[0], weight.shape[1], lambda part: weight[part])
+        parts = (slice(start, start + ROWS) for start in range(0, len(weight), ROWS))
+        return torch.cat([rows(weight[part], part) for part in parts])
 
     @torch.no_grad()
     def __call__(self, weight: Tensor) -> Tensor:
@@ -56,22 +69,33 @@ class Recoding:
         return values.T.contiguous() if self.transposed else values
 
 
+@contextmanager
+def _computing_with(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _DoubleCodes:
     """The 4-bit codes of a matrix, and what its coded scales stand for."""
 
-    def __init__(self, how: Quantization, rows: int, columns: int, read: Read) -> None:
+    def __init__(self, recoding: Recoding, rows: int, columns: int, read: Read) -> None:
         functional = bitsandbytes_library().functional
-        self.columns, self.kind = columns, how.scheme
+        self.columns, self.kind = columns, recoding.how.scheme
         codes, scales = [], []
         parts = list(tiles(rows, columns))
         for first in range(0, len(parts), AT_ONCE):
             some = parts[first : first + AT_ONCE]
             stored = read(slice(some[0].start, some[-1].stop))
-            packed, state = functional.quantize_4bit(stored, blocksize=BLOCK, quant_type=how.scheme)
+            packed, state = functional.quantize_4bit(stored, blocksize=BLOCK, quant_type=self.kind)
             codes.append(packed.flatten())
             scales.append(state.absmax)
         self.codes, found = torch.cat(codes), torch.cat(scales)
-        mean = found.mean()
+        with _computing_with(recoding.threads):
+            mean = found.mean()
         coded, again = functional.quantize_blockwise(found - mean, blocksize=SCALES)
         self.scales: Tensor = functional.dequantize_blockwise(coded, again) + mean
 

@@ -200,7 +200,7 @@ def test_an_adapter_made_for_another_base_is_refused(command, adapter, tmp_path)
     other = save_bert(tmp_path / "other", seed=1)
     for arguments in (["merge", adapter, "--out", tmp_path / "merged"], ["predict", adapter, "good film"]):
         ended = command(*arguments, "--base", other)
-        refused(ended, "was trained on another backbone", "holds other values", "load it onto that model")
+        refused(ended, "was trained on another model", "holds other values", "name that with --base")
     assert not (tmp_path / "merged").exists()
 
 

@@ -44,6 +44,7 @@ def gone(processes):
     return not psutil.wait_procs(processes, timeout=PATIENCE)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "a sudden death"])
 def test_an_interrupted_comparison_continues_with_the_trial_under_way(
     bert, rows_csv, tmp_path, stranger_path, number, monkeypatch, worker
@@ -77,6 +78,7 @@ def test_an_interrupted_comparison_continues_with_the_trial_under_way(
     assert finished.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_train_ends_with_130_and_the_same_command_continues(command, bert, rows_csv, tmp_path, stranger_path):
     (tmp_path / "signs").mkdir()
     values = {"model": bert, "data": rows_csv, "out": tmp_path / "out", "epochs": 1, "max_train_examples": 32}

@@ -68,6 +68,7 @@ def test_what_a_job_prints_goes_to_its_log_and_not_between_the_events(worker, be
     assert steps == list(range(1, result["steps"] + 1))
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_reported_and_the_next_job_gets_a_new_one(worker, job):
     job()
     os.kill(worker._process.pid, signal.SIGKILL)
@@ -84,6 +85,7 @@ def test_stopping_leaves_no_process_behind(bert, rows_csv, tmp_path):
     assert not process.is_running()
 
 
+@pytest.mark.slow
 def test_trials_that_fail_are_recorded_while_the_others_go_on(command, bert, rows_csv, tmp_path, stranger_path):
     strategies = "killed,broken,refusing,adapter"
     values = settings(bert, rows_csv, tmp_path / "out", strategies=strategies, seeds=1, epochs=1)

@@ -69,6 +69,7 @@ def test_the_logits_are_those_of_the_model_in_memory(kind, dtype, tmp_path):
         torch.testing.assert_close(disk, memory, rtol=0, atol=0 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "gemma2", "mamba", "gpt_oss", "falcon"])
 def test_other_architectures_run_a_layer_at_a_time(name, tmp_path):
     torch.manual_seed(0)

@@ -1,5 +1,7 @@
 """What codes stand for, by rows: the values of the whole layer, to the last bit."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ def test_rows_are_those_of_the_whole_layer(how, dtype, columns, transposed):
     rows = Recoding(how, transposed).by_rows(*stored.shape, lambda part: stored[part])
     found = torch.cat([rows(stored[part], part).float() for part in tiles(*stored.shape)])
     assert torch.equal(found, expected)
+    assert torch.equal(Recoding(how, transposed).whole(stored).float(), expected)
     assert not torch.equal(found, stored.float())
 
 
@@ -33,3 +36,14 @@ def test_only_what_depends_on_other_rows_is_read_before(how):
     read = []
     Recoding(how).by_rows(64, 128, lambda part: read.append(part) or stored[part])
     assert bool(read) == how.double
+
+
+def test_rows_that_are_coded_in_another_thread_are_the_same():
+    """The mean of the scales is summed with as many threads as where the model is loaded."""
+    how = Quantization("nf4", True)
+    stored = torch.randn(4096, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
+    recoding = Recoding(how)
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = pool.submit(recoding.whole, stored).result()
+    layer = nn.Linear(2048, 4096, bias=False)
+    assert torch.equal(found.float(), dequantized(quantized_layer(layer, how, torch.bfloat16, weight=stored)))

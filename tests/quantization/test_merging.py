@@ -30,6 +30,7 @@ def trained(base, folder, strategy=None, how="nf4", scale=0.02, **options):
     return injection
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", ["nf4", pytest.param("fp4", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow)]
 )
@@ -145,6 +146,7 @@ def test_what_cannot_be_is_refused(llama, tmp_path):
 # ---- types, sources and options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
     [

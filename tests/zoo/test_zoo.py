@@ -68,6 +68,7 @@ def test_every_task_is_selected():
     assert {name.partition("/")[0] for name in SELECTED} == set(AUTO_CLASSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", sweep.STRATEGIES)
 @pytest.mark.parametrize("architecture", SELECTED)
 def test_everything_holds_for(rows, architecture, strategy):
