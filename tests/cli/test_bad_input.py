@@ -198,9 +198,9 @@ def test_another_run_in_the_same_folder_is_refused_by_what_differs(command, bert
 
 def test_an_adapter_made_for_another_base_is_refused(command, adapter, tmp_path):
     other = save_bert(tmp_path / "other", seed=1)
-    for arguments in (["merge", adapter, "--out", tmp_path / "merged"], ["predict", adapter, "good film"]):
-        ended = command(*arguments, "--base", other)
-        refused(ended, "was trained on another model", "holds other values", "name that with --base")
+    said = "was trained on another", "holds other values"
+    refused(command("merge", adapter, "--out", tmp_path / "merged", "--base", other), *said, "name that with --base")
+    refused(command("predict", adapter, "good film", "--base", other), *said, "load it onto that model")
     assert not (tmp_path / "merged").exists()
 
 
