@@ -15,12 +15,12 @@ from lightsft.errors import ConfigurationError, DataError, MergeError
 from lightsft.export.as_lora import AsLoRA
 from lightsft.export.certificate import Batch, kept_positions, logits_of
 from lightsft.export.distilling import HELD_OUT, Distilled, distil
-from lightsft.export.held_out import HeldOut, held_out
+from lightsft.export.held_out import HeldOut, as_task, held_out
 from lightsft.export.inputs import inputs_to_compare, score
 from lightsft.export.low_rank_fit import Fit
 from lightsft.injection import Injection
 from lightsft.primitives import Unfreezing
-from lightsft.tasks import Task, task
+from lightsft.tasks import Task
 from lightsft.training.evaluate import batches
 
 MOST_IN_A_BATCH, BATCHES = 8, 2 * HELD_OUT  # at least so many batches, so that some are kept from each fit
@@ -110,9 +110,7 @@ def _task(source: Path, injection: Injection) -> Task:
             expected="a classifier or a language model",
             todo="ship the adapter folder as it is",
         )
-    if not settings.get("labels"):  # of a language model
-        settings.pop("labels", None)
-    return task(settings.pop("name"), **settings)
+    return as_task(settings)
 
 
 def _require_enough(rows: list[Row], path: Path) -> None:

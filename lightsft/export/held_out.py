@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightsft import adapter_files
 from lightsft.config import RunConfig, SingleConfig, TrainConfig, build
@@ -45,10 +47,16 @@ def held_out(adapter: Path, data: str | None = None, encoding: str = "utf-8") ->
             expected="a folder written by lightsft train or compare",
             todo="leave --data out: the merge is verified on random tokens",
         )
-    chosen = task(settings.pop("name"), **settings)
+    chosen = as_task(settings)
     rows = read_rows(data, encoding=encoding)
     chosen.check(rows, data)
     return HeldOut(chosen, at_most(rows, MOST_ROWS, chosen.key))
+
+
+def as_task(settings: Mapping[str, Any]) -> Task:
+    """The task that a folder names; a language model's has no labels, and folders that no run wrote list none."""
+    options = {name: value for name, value in settings.items() if name != "name" and (name, value) != ("labels", [])}
+    return task(settings["name"], **options)
 
 
 def _of_the_run(adapter: Path) -> HeldOut | None:

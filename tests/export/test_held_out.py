@@ -57,6 +57,13 @@ def test_no_more_rows_than_can_be_scored_quickly(trained, monkeypatch):
     assert len(held_out(trained[0]).rows) == 3
 
 
+def test_rows_of_a_chat_model_that_no_run_trained(llama, tmp_path):
+    adapter, _ = adapter_on(llama, LoRA(rank=2), tmp_path / "adapter", task="chat", labels=None)
+    rows = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]}] * 3
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert held_out(adapter, str(tmp_path / "rows.jsonl")).rows == rows
+
+
 def test_other_data_is_not_taken_for_the_runs(trained, folder, caplog):
     state = json.loads((folder / "run.json").read_text())
     state["data_sha256"]["data"] = "0" * 64
