@@ -103,7 +103,8 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 def is_quantized(module: nn.Module) -> bool:
     """Whether it is a linear layer without a floating-point weight of its shape (whichever library made it).
 
-    One that rounds its weight, or its input, while it computes is quantized too, though its weight looks plain.
+    One that rounds its weight, or its input, while it computes is quantized too, though its weight looks plain. One
+    that computes as nn.Linear does with a plain weight is none, whatever shape it says it has (a head about to grow).
     """
     shape = features(module)
     if shape is None:
@@ -111,7 +112,8 @@ def is_quantized(module: nn.Module) -> bool:
     if getattr(module, "quantization_scheme", None) is not None:
         return True
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and is_plain(weight) and tuple(weight.shape) == shape:
+    plain_linear = type(module).forward is nn.Linear.forward
+    if isinstance(weight, Tensor) and is_plain(weight) and (plain_linear or tuple(weight.shape) == shape):
         return False
     return isinstance(module, nn.Linear) or any(True for _ in _codes(module))
 

@@ -15,6 +15,7 @@ import lightsft
 from lightsft import Backbone
 from lightsft.artifact import load_base
 from lightsft.errors import ArtifactError, ConfigurationError, TargetError
+from lightsft.quantization import quantized_layers
 from lightsft_adapters.new_tokens import NewTokens
 from tests.checkpoints import LABELS, chat_tokenizer, save_bert, save_llama, wordpiece_tokenizer
 from tests.test_injection import same, shape_of, step, values_of
@@ -474,3 +475,10 @@ def test_a_model_that_looks_tokens_up_elsewhere_too_is_refused():
 
 def look_up_twice(model, args, kwargs):
     model.second_table(kwargs["input_ids"])
+
+
+def test_a_head_that_is_about_to_grow_is_no_quantized_layer():
+    model = tiny("llama")
+    NewTokens(count=2).inject(Backbone(model))
+    assert model.lm_head.out_features == len(model.lm_head.weight) + 2
+    assert not quantized_layers(model)
