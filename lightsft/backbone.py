@@ -129,7 +129,7 @@ class Backbone:
             with given_back(folder) if how is not None else reading_codes(str(path_or_id), codes):
                 model, info = maker.from_pretrained(folder, output_loading_info=True, **options)
         fresh = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
-        _give_padding(model, tokenizer)
+        give_padding(model, tokenizer)
         if compute is None:
             compute = model.dtype
         if describe(model) is None:
@@ -380,7 +380,7 @@ def _tokenizer(folder: str, gguf: str | None, *, required: bool) -> Any:
         return None
 
 
-def _give_padding(model: PreTrainedModel, tokenizer: Any) -> None:
+def give_padding(model: PreTrainedModel, tokenizer: Any) -> None:
     """A tokenizer without a padding token pads with its end token, and the model is told: batches need one."""
     if tokenizer is None:
         return

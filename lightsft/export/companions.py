@@ -30,7 +30,7 @@ def copy_companions(base: Path, adapter: Path | None, out: Path, settings: Mappi
         for name in _files(adapter):
             if str(name).startswith(_TOKENIZER):
                 shutil.copyfile(adapter / name, out / name)
-        _keep_length(adapter, out / "tokenizer_config.json")
+        _as_trained(adapter, out / "tokenizer_config.json")
     if settings and (out / "config.json").is_file():
         config = read_json(out / "config.json")
         if "dtype" in settings:
@@ -38,13 +38,17 @@ def copy_companions(base: Path, adapter: Path | None, out: Path, settings: Mappi
         write_json(out / "config.json", updated(config, settings))
 
 
-def _keep_length(adapter: Path, tokenizer: Path) -> None:
-    """A classifier's checkpoint cuts texts where its training did: the length travels with the tokenizer."""
+def _as_trained(adapter: Path, tokenizer: Path) -> None:
+    """A classifier's checkpoint cuts texts where its training did, and pads them with the end token at need."""
     task = (read_settings(adapter) or {}).get("task") or {}
-    if task.get("max_length") and task.get("labels") and tokenizer.is_file():
-        config = read_json(tokenizer)
-        length = min(config.get("model_max_length") or math.inf, task["max_length"])
-        write_json(tokenizer, config | {"model_max_length": length})
+    if not task.get("labels") or not tokenizer.is_file():
+        return
+    config = read_json(tokenizer)
+    if task.get("max_length"):
+        config["model_max_length"] = min(config.get("model_max_length") or math.inf, task["max_length"])
+    if config.get("pad_token") is None and config.get("eos_token") is not None:
+        config["pad_token"] = config["eos_token"]
+    write_json(tokenizer, config)
 
 
 def updated(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

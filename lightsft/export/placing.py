@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightsft import artifact
 from lightsft.adapter_files import read_peft_settings, read_settings, read_tensors
-from lightsft.backbone import Backbone, auto_class, label_options
+from lightsft.backbone import Backbone, auto_class, give_padding, label_options, load_tokenizer
 from lightsft.errors import LightsftError
 from lightsft.export.checkpoint_files import Checkpoint
 from lightsft.export.layout import NAMES, TYPES
@@ -59,6 +59,8 @@ def placed_without_values(adapter: Path, checkpoint: Checkpoint, architectures: 
             places = find_places(model, checkpoint, other_class=type(model).__name__ not in architectures)
             if places is None:
                 return None
+            if wanted.get("labels") and getattr(config, "pad_token_id", None) is None:
+                give_padding(model, load_tokenizer(str(checkpoint.folder)))
             known = {name: value for name, b in model.named_buffers() if not (value := b.cpu()).is_meta}
             backbone = Backbone(model, fresh=sorted(places.missing))
             recodings = _recodings(settings.get("base", {}), backbone, places)

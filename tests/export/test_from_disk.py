@@ -401,6 +401,25 @@ def test_what_the_base_does_not_have_is_loaded_by_plain_transformers(kind, bert,
         assert (found["written"], found["check"], found["passed"]) == (way, "load", True)
 
 
+def test_a_classifier_made_of_a_model_without_padding_takes_batches(tmp_path):
+    plain = save_llama(tmp_path / "plain")
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain)
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(plain)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    backbone = Backbone.load(tmp_path / "base", labels=["a", "b", "c"], dtype="checkpoint", device="cpu")
+    adapter = randomise(LoRA(4).inject(backbone), scale=0.05).save(tmp_path / "adapter")
+    certificate = merge_folder(adapter, tmp_path / "disk", check="tiles")
+    assert certificate["written"] == "from disk to disk"
+    reloaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "disk")
+    batch = reloaded(["a good film", "bad"], padding=True, return_tensors="pt")
+    found = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "disk").eval()(**batch).logits
+    expected = backbone.model.eval()(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_a_head_that_no_file_holds_is_not_invented(bert, tmp_path):
     """What transformers draws on loading, and the folder does not save, is no part of what was trained."""
     base = tmp_path / "base"
