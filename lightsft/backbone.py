@@ -118,7 +118,7 @@ class Backbone:
             require_kernels(how, place)
         codes: Mapping[str, Any] = {}
         with loading(str(path_or_id)), _seeded(seed):
-            tokenizer = _tokenizer(folder, gguf, required=kind is None)
+            tokenizer = read_tokenizer(folder, gguf, required=kind is None)
             if how is not None and gguf is None:
                 options |= quantized_loading(
                     folder, maker, how, compute, place, None if labels is None else len(labels)
@@ -370,7 +370,7 @@ def auto_class(task: str | None) -> Any:
     return getattr(transformers, AUTO_CLASSES[task])
 
 
-def _tokenizer(folder: str, gguf: str | None, *, required: bool) -> Any:
+def read_tokenizer(folder: str, gguf: str | None, *, required: bool) -> Any:
     """The tokenizer of a checkpoint; None where there is none and it is not `required`."""
     try:
         return AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
@@ -415,4 +415,4 @@ def load_tokenizer(path_or_id: str) -> Any:
     """The tokenizer of a checkpoint, without its weights."""
     folder, gguf = locate(path_or_id)
     with loading(path_or_id):
-        return _tokenizer(folder, gguf, required=True)
+        return read_tokenizer(folder, gguf, required=True)

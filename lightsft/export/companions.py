@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,7 +29,6 @@ def copy_companions(base: Path, adapter: Path | None, out: Path, settings: Mappi
         for name in _files(adapter):
             if str(name).startswith(_TOKENIZER):
                 shutil.copyfile(adapter / name, out / name)
-        _as_trained(adapter, out / "tokenizer_config.json")
     if settings and (out / "config.json").is_file():
         config = read_json(out / "config.json")
         if "dtype" in settings:
@@ -38,17 +36,11 @@ def copy_companions(base: Path, adapter: Path | None, out: Path, settings: Mappi
         write_json(out / "config.json", updated(config, settings))
 
 
-def _as_trained(adapter: Path, tokenizer: Path) -> None:
-    """A classifier's checkpoint cuts texts where its training did, and pads them with the end token at need."""
+def keep_length(tokenizer: Any, adapter: Path) -> None:
+    """A classifier's checkpoint cuts texts where its training did: the length travels with the tokenizer."""
     task = (read_settings(adapter) or {}).get("task") or {}
-    if not task.get("labels") or not tokenizer.is_file():
-        return
-    config = read_json(tokenizer)
-    if task.get("max_length"):
-        config["model_max_length"] = min(config.get("model_max_length") or math.inf, task["max_length"])
-    if config.get("pad_token") is None and config.get("eos_token") is not None:
-        config["pad_token"] = config["eos_token"]
-    write_json(tokenizer, config)
+    if task.get("max_length") and task.get("labels"):
+        tokenizer.model_max_length = min(tokenizer.model_max_length, task["max_length"])
 
 
 def updated(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lightsft.adapter_files import read_peft_settings, read_settings
 from lightsft.errors import ArtifactError, OutputError
 from lightsft.export.checkpoint_files import Checkpoint, read_checkpoint
 from lightsft.export.companions import copy_companions
-from lightsft.export.layout import TYPES, Entry, WrittenFile, entries, plan
+from lightsft.export.layout import TYPES, Entry, Made, WrittenFile, entries, plan
 from lightsft.export.plain_lora import plain_lora
 from lightsft.export.rounding import Rounding
 from lightsft.export.stored_rows import StoredRows
@@ -37,7 +37,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*
 class DiskMerge:
     """The base's files, what becomes of which tensor, and the adapter folder that says so (None: several).
 
-    `settings`: what config.json says otherwise than the base's.
+    `settings`: what config.json says otherwise than the base's; the `tokenizer` where it is another.
     """
 
     adapter: Path | None
@@ -46,6 +46,7 @@ class DiskMerge:
     settings: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     max_shard_size: int | None = None
+    tokenizer: Any = None
 
     @property
     def files(self) -> tuple[WrittenFile, ...]:
@@ -57,6 +58,8 @@ class DiskMerge:
         """Write weights and companions; what rounding loses of each change."""
         own = {} if self.dtype is None else {"dtype": self.dtype}
         copy_companions(self.checkpoint.folder, self.adapter, folder, {**self.settings, **own})
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
         write(self.checkpoint, files, folder, report)
         written = (tensor for file in files for tensor in file.tensors if tensor.entry.change is not None)
         return [Rounding(t.entry.name, *t.lost.norms(math.prod(t.entry.shape))) for t in written]
@@ -77,18 +80,16 @@ def from_disk(
     beside_codes = trained_on.get("quantization") is not None
     by_names = _is_same_class(trained_on, folder) and not beside_codes
     changes = plain_lora(adapter, checkpoint) if by_names else None
-    found: tuple[dict[str, Entry], dict[str, Any]] | None
-    if changes is not None:
-        found = entries(checkpoint, changes), {}
-    else:
+    made = None if changes is None else Made(entries(checkpoint, changes), {})
+    if made is None:
         from lightsft.export.from_shapes import made_by_shapes
 
-        found = made_by_shapes(adapter, checkpoint)
-    if found is None:
+        made = made_by_shapes(adapter, checkpoint)
+    if made is None:
         return None
-    made, settings = found
-    _check_sketch(adapter, trained_on.get("sketch", {}), made, folder)
-    return DiskMerge(adapter, checkpoint, made, settings, None if dtype == "checkpoint" else dtype, max_shard_size)
+    _check_sketch(adapter, trained_on.get("sketch", {}), made.entries, folder)
+    wanted = None if dtype == "checkpoint" else dtype
+    return DiskMerge(adapter, checkpoint, made.entries, made.settings, wanted, max_shard_size, made.tokenizer)
 
 
 def base_folder(adapter: Path, base: str | None) -> Path | None:

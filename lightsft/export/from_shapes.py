@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from transformers import AutoConfig
 
 from lightsft.export.checkpoint_files import Checkpoint, StoredTensor
 from lightsft.export.companions import differences
-from lightsft.export.layout import Entry
+from lightsft.export.layout import Entry, Made
 from lightsft.export.mergeable import require_mergeable
 from lightsft.export.placing import Placed, placed_without_values
 from lightsft.finite import is_finite
@@ -26,8 +25,8 @@ from lightsft.low_rank import LowRank
 from lightsft.row_changes import RowChange, Rows, Values, as_matrix
 
 
-def made_by_shapes(adapter: Path, checkpoint: Checkpoint) -> tuple[dict[str, Entry], dict[str, Any]] | None:
-    """The new checkpoint's tensors, and what its config.json says otherwise; None where the model in memory is needed.
+def made_by_shapes(adapter: Path, checkpoint: Checkpoint) -> Made | None:
+    """What an adapter folder makes of a checkpoint; None where the model in memory is needed.
 
     That is where a change is not one by rows, or a tensor is stored in a way that is not understood. Raises MergeError
     for a strategy that no weight can express.
@@ -45,7 +44,7 @@ def made_by_shapes(adapter: Path, checkpoint: Checkpoint) -> tuple[dict[str, Ent
     if made is None:
         return None
     after = injection.model.config.to_dict() | {"architectures": [type(injection.model).__name__]}
-    return made, differences(before, after)
+    return Made(made, differences(before, after), found.tokenizer)
 
 
 def _made(changes: Mapping[str, RowChange], placed: Placed, checkpoint: Checkpoint) -> dict[str, Entry] | None:

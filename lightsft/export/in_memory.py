@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from lightsft import adapter_files, artifact
+from lightsft import artifact
 from lightsft.backbone import Backbone
 from lightsft.device import choose_dtype
 from lightsft.errors import ArtifactError, MergeError
 from lightsft.export.certificate import certify, logits_of, plain_logits, require_passed
-from lightsft.export.companions import copy_licence
+from lightsft.export.companions import copy_licence, keep_length
 from lightsft.export.held_out import HeldOut
 from lightsft.export.inputs import inputs_to_compare, score
 from lightsft.export.mergeable import require_mergeable
@@ -67,7 +67,7 @@ def merge_in_memory(
         model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
         if stored.correction is not None:
             stored.correction.save(folder / CORRECTION)
-        _keep_length(backbone, adapter)
+        keep_length(backbone.tokenizer, adapter)
         backbone.tokenizer.save_pretrained(folder)
         reloaded_logits = plain_logits(folder, name, compared)
         certificate = certify(
@@ -114,10 +114,3 @@ def _on_original(adapter: Path, base: str | None, dtype: str) -> Injection:
             expected="a strategy that places the same on both",
             todo="merge onto the dequantized weights: --onto base",
         ) from error
-
-
-def _keep_length(backbone: Backbone, adapter: Path) -> None:
-    """A classifier's checkpoint cuts texts where its training did: the length travels with the tokenizer."""
-    settings = (adapter_files.read_settings(adapter) or {}).get("task") or {}
-    if settings.get("max_length") and backbone.head:
-        backbone.tokenizer.model_max_length = min(backbone.tokenizer.model_max_length, settings["max_length"])

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -80,6 +80,14 @@ class Entry:
 def entries(checkpoint: Checkpoint, changes: Mapping[str, RowChange]) -> dict[str, Entry]:
     """Those of a checkpoint with the same tensors, of which some are changed."""
     return {name: Entry.of(tensor, changes.get(name)) for name, tensor in checkpoint.tensors.items()}
+
+
+class Made(NamedTuple):
+    """The tensors of a new checkpoint, what config.json says otherwise than the base's, a tokenizer if another."""
+
+    entries: Mapping[str, Entry]
+    settings: Mapping[str, Any]
+    tokenizer: Any = None
 
 
 class Lost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lightsft import artifact
 from lightsft.adapter_files import read_peft_settings, read_settings, read_tensors
-from lightsft.backbone import Backbone, auto_class, give_padding, label_options, load_tokenizer
+from lightsft.backbone import Backbone, auto_class, give_padding, label_options, read_tokenizer
 from lightsft.errors import LightsftError
 from lightsft.export.checkpoint_files import Checkpoint
+from lightsft.export.companions import keep_length
 from lightsft.export.layout import NAMES, TYPES
 from lightsft.export.recoding import Recoding
 from lightsft.export.stored_names import Places, find_places
@@ -34,13 +36,15 @@ logger = logging.getLogger(__name__)
 class Placed(NamedTuple):
     """A strategy on a model without values, where that is stored, and the weights that it was given as codes.
 
-    `buffers` of the model whose values depend on no weight (frequencies of rotations, masks).
+    `buffers` of the model whose values depend on no weight (frequencies of rotations, masks); the `tokenizer`, where it
+    is another than the base's.
     """
 
     injection: Injection
     places: Places
     recodings: Mapping[str, Recoding]
     buffers: Mapping[str, Tensor]
+    tokenizer: Any
 
 
 def placed_without_values(adapter: Path, checkpoint: Checkpoint, architectures: Sequence[str]) -> Placed | None:
@@ -59,10 +63,14 @@ def placed_without_values(adapter: Path, checkpoint: Checkpoint, architectures: 
             places = find_places(model, checkpoint, other_class=type(model).__name__ not in architectures)
             if places is None:
                 return None
-            if wanted.get("labels") and getattr(config, "pad_token_id", None) is None:
-                give_padding(model, load_tokenizer(str(checkpoint.folder)))
+            own = (adapter / "tokenizer_config.json").is_file()
+            before = tokenizer = read_tokenizer(str(adapter if own else checkpoint.folder), None, required=False)
+            if wanted.get("labels") and tokenizer is not None:
+                tokenizer = copy.deepcopy(before)
+                give_padding(model, tokenizer)
+                keep_length(tokenizer, adapter)
             known = {name: value for name, b in model.named_buffers() if not (value := b.cpu()).is_meta}
-            backbone = Backbone(model, fresh=sorted(places.missing))
+            backbone = Backbone(model, tokenizer=tokenizer, fresh=sorted(places.missing))
             recodings = _recodings(settings.get("base", {}), backbone, places)
             if recodings is None:
                 return None
@@ -73,7 +81,8 @@ def placed_without_values(adapter: Path, checkpoint: Checkpoint, architectures: 
     except (LightsftError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         logger.info("%s needs the weights to be placed (%s): it is merged in memory", adapter, error)
         return None
-    return Placed(injection, places, recodings, known)
+    other = backbone.tokenizer if backbone.tokenizer is not before else None
+    return Placed(injection, places, recodings, known, other)
 
 
 def _recodings(base: Mapping[str, Any], backbone: Backbone, places: Places) -> dict[str, Recoding] | None:

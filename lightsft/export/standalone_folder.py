@@ -21,8 +21,7 @@ import torch
 from lightsft import artifact
 from lightsft.adapter_files import is_adapter
 from lightsft.errors import ArtifactError, ConfigurationError
-from lightsft.export.companions import copy_licence
-from lightsft.export.in_memory import _keep_length
+from lightsft.export.companions import copy_licence, keep_length
 from lightsft.export.inputs import score
 from lightsft.export.provenance import CERTIFICATE, provenance
 from lightsft.export.standalone_card import write_standalone_card
@@ -119,6 +118,6 @@ def _loaded(adapter: Path, base: str | None, dequantize: bool) -> Injection:
 
 def _write_companions(backbone: Backbone, adapter: Path, folder: Path) -> None:
     if backbone.tokenizer is not None:
-        _keep_length(backbone, adapter)
+        keep_length(backbone.tokenizer, adapter)
         backbone.tokenizer.save_pretrained(folder)
     copy_licence(Path(str(backbone.source)), folder)

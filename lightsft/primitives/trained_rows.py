@@ -65,11 +65,15 @@ class TrainedRows(Part):
                 expected=f"each once, and new ones counted on from {self.size}",
                 todo="resize the model to its tokenizer first: model.resize_token_embeddings(len(tokenizer))",
             )
-        self.added, self.known = len(beyond), sorted(set(ids) - set(beyond))
+        self.placed, self.added, self.known = tuple(ids), len(beyond), sorted(set(ids) - set(beyond))
         values = torch.tensor(ids, device=self.rows[0].device)
         ascending, order = values.sort()
         for name, value in {"ids": values, "sorted_ids": ascending, "in_order": order}.items():
             self.register_buffer(name, value, persistent=False)
+
+    def make_again(self) -> None:
+        """The ids."""
+        self.place(self.placed)
 
     @property
     def total(self) -> int:
