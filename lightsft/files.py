@@ -87,12 +87,19 @@ def sync(path: Path) -> None:
 
 
 def require_free(path: Path) -> None:
-    """Raise OutputError if `path` is a file or a folder with something in it."""
+    """Raise OutputError if `path` is a file or a folder with something in it, or lies in a model's folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(
             f"{path} already exists and is not empty",
             expected="a folder that does not exist yet",
             todo="choose another --out, or move the old one away; nothing is overwritten",
+        )
+    around = next((one for one in path.resolve().parents if (one / "config.json").is_file()), None)
+    if around is not None and any(around.glob("*.safetensors")):
+        raise OutputError(
+            f"{path} would lie in {around}, which holds a model and travels with what is made of it",
+            expected="a folder apart from it",
+            todo="choose another --out",
         )
 
 

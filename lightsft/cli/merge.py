@@ -30,9 +30,9 @@ def command(
     base: Annotated[
         str | None, typer.Option(help="Base model; by default the one it was trained on.", show_default=False)
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Type of the merged weights: checkpoint (the base's own) or float32.")] = (
-        "checkpoint"
-    ),
+    dtype: Annotated[
+        str, typer.Option(help="Type of the merged weights: checkpoint (the base's own), float32, bfloat16 or float16.")
+    ] = ("checkpoint"),
     onto: Annotated[
         str,
         typer.Option(
@@ -110,6 +110,10 @@ def command(
             )
         _show(certificate, out)
         return
+    if method != "linear" or density is not None:
+        raise ConfigurationError(
+            "--method or --density with one adapter", expected="several: they say how adapters are put together"
+        )
     with _progress() as report:
         certificate = merge_folder(
             adapters[0],
@@ -133,7 +137,7 @@ def _show(certificate: Mapping[str, Any], out: Path) -> None:
     typer.echo(f"certificate {out / 'certificate.json'}")
     show_check(certificate)
     lost, without = certificate["rounding"], certificate.get("rounding_without_correction")
-    typer.echo(f"rounding    {_share(lost)} of what was trained is lost by storing it as {certificate['onto']}")
+    typer.echo(f"rounding    {_share(lost)} of what was trained is lost by rounding, onto {certificate['onto']}")
     if without is not None:
         typer.echo(f"correction  {out / 'correction'}: without it {_share(without)} would be lost")
 
@@ -170,14 +174,15 @@ def _bytes(text: str) -> int:
 
 def show_check(certificate: Mapping[str, Any]) -> None:
     """What was compared, and how far apart it is."""
-    if certificate["check"] == "load":
+    if certificate["check"] in ("load", "layers"):
         found = certificate["largest_logit_difference"]
         typer.echo(f"checked     largest logit difference {found:.1e} on {certificate['inputs']} inputs")
+    if certificate["check"] == "load":
         typer.echo(f"score       {_scores(certificate)}")
     elif certificate["check"] == "tiles":
         values, weights = certificate["values_compared"], certificate["changed_tensors"]
         typer.echo(f"checked     {values:,} values of {weights} changed weights against the formula in fp64")
-    else:
+    elif certificate["check"] == "none":
         typer.echo("checked     not at all")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightsft.adapter_files import TENSORS, is_adapter
 from lightsft.errors import ArtifactError, ConfigurationError
 from lightsft.export.checks import Rows, checked_by_loading, checked_on_disk, require_known, way_of
-from lightsft.export.from_disk import DiskMerge, from_disk, require_place
+from lightsft.export.from_disk import DTYPES, DiskMerge, from_disk, require_place
 from lightsft.export.model_card import write_card
 from lightsft.export.provenance import CERTIFICATE, provenance
 from lightsft.export.rounding import MOST_ROUNDING, require_little, total
@@ -122,7 +122,7 @@ def merge_folder(
     _require_known(onto, dtype, correction_rank, check, max_shard_size)
     if not is_adapter(adapter):
         raise ArtifactError(
-            f"{adapter} holds no {TENSORS}",
+            f"{adapter} holds no {TENSORS}" if adapter.is_dir() else f"no folder {adapter}",
             expected="an adapter folder written by lightsft or PEFT",
             todo="check the path",
         )
@@ -215,6 +215,8 @@ def _checked(
 
 def _require_known(onto: str, dtype: str, correction_rank: int, check: str, max_shard_size: int | None) -> None:
     require_known(check)
+    if dtype not in ("checkpoint", *DTYPES):
+        raise ConfigurationError(f"dtype={dtype!r}", expected=f"one of checkpoint, {', '.join(DTYPES)}")
     if max_shard_size is not None and max_shard_size < 1:
         raise ConfigurationError(f"max_shard_size={max_shard_size}", expected="a number of bytes, at least 1")
     if onto not in (BASE, ORIGINAL, *SCHEMES):

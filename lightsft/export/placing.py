@@ -70,7 +70,7 @@ def placed_without_values(adapter: Path, checkpoint: Checkpoint, architectures: 
                 give_padding(model, tokenizer)
                 keep_length(tokenizer, adapter)
             known = {name: value for name, b in model.named_buffers() if not (value := b.cpu()).is_meta}
-            backbone = Backbone(model, tokenizer=tokenizer, fresh=sorted(places.missing))
+            backbone = Backbone(model, tokenizer=tokenizer, task=wanted.get("task"), fresh=sorted(places.missing))
             recodings = _recodings(settings.get("base", {}), backbone, places)
             if recodings is None:
                 return None

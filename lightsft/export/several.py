@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 from lightsft.adapter_files import TENSORS
 from lightsft.errors import ConfigurationError
 from lightsft.export.combining import combine
+from lightsft.export.combining_checks import check_options
 from lightsft.export.from_disk import DiskMerge, from_disk
 from lightsft.export.layout import entries
 from lightsft.export.provenance import place_of
 from lightsft.files import sha256
 from lightsft.low_rank import LowRank
+from lightsft.row_changes import Values
 
 if TYPE_CHECKING:
-    from lightsft.row_changes import RowChange
+    from lightsft.row_changes import RowChange, Values
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def combined_from_disk(
     Raises ConfigurationError for one that does more than add low-rank changes to stored weights, or was trained on
     another base than the first; what `from_disk` and `combine` raise.
     """
+    options = combination.weights, combination.method, combination.density, combination.majority
+    check_options(len(combination.adapters), *options)
     plans = [from_disk(folder, base, dtype=dtype, max_shard_size=max_shard_size) for folder in combination.adapters]
     changes = [_low_rank(plan, folder) for plan, folder in zip(plans, combination.adapters, strict=True)]
     first = plans[0]
@@ -84,9 +88,11 @@ def _low_rank(plan: DiskMerge | None, folder: Path) -> dict[str, LowRank]:
     if plan is None or plan.settings or len(found) < len(changes):
         others = sorted(set(changes) - set(found))[:3]
         named = f": {', '.join(others)}" if others else ""
+        whole = any(isinstance(changes[name], Values) for name in others)
         raise ConfigurationError(
             f"{folder} does more than add low-rank changes to stored weights{named}",
             expected="LoRA, DoRA, PiSSA or VeRA folders on a base that is a folder of safetensors",
-            todo="make it a LoRA first: lightsft convert FOLDER --to lora --out OTHER",
+            todo="make it a LoRA first: lightsft convert FOLDER --to lora --out OTHER"
+            + ("; task heads, which stay whole, cannot be put together" if whole else ""),
         )
     return found

@@ -120,3 +120,11 @@ def test_what_cannot_be_run_so_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match=r"check='layers'[\s\S]*--check tiles"):
         merge(adapter, out=tmp_path / "merged", check="layers", most_rounding=9.0)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.slow
+def test_a_classifier_is_loaded_as_one(bert, tmp_path):
+    backbone = Backbone.load(bert, labels=["a", "b", "c"], dtype="checkpoint", device="cpu")
+    adapter = randomise(LoRA(4).inject(backbone), scale=0.05).save(tmp_path / "adapter")
+    merge(adapter, out=tmp_path / "merged", check="layers")
+    assert read_json(tmp_path / "merged" / "certificate.json")["passed"]
