@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lightsft.anatomy import Anatomy, find_blocks, head_parameters, is_linear, read_anatomy
 from lightsft.device import choose_device, choose_dtype
@@ -33,7 +33,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification", "chat": "AutoModelForCausalLM"}
+AUTO_CLASSES = {
+    "classification": "AutoModelForSequenceClassification",
+    "multi-label": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "chat": "AutoModelForCausalLM",
+    "language-modeling": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "embedding": "AutoModel",
+    "image-classification": "AutoModelForImageClassification",
+    "audio-classification": "AutoModelForAudioClassification",
+}
+PROBLEM_TYPES = {"regression": "regression", "multi-label": "multi_label_classification"}
+PROCESSORS = {"image-classification": "AutoImageProcessor", "audio-classification": "AutoFeatureExtractor"}
 SKETCH_TENSORS = 24
 LARGE = 100_000_000  # parameters
 
@@ -92,7 +108,7 @@ class Backbone:
         device: str = "auto",
         seed: int = 0,
     ) -> Backbone:
-        """Load a folder, a hub id or a GGUF file for `task` ("classification" or "chat"), or as a model of `kind`.
+        """Load a folder, a hub id or a GGUF file for `task` (a key of AUTO_CLASSES), or as a model of `kind`.
 
         `labels` names the classes in order and sizes the head. `dtype` is what it computes in ("auto": what is fast
         and safe on the device), `weight_dtype` what its weights are kept in (default: the same; "checkpoint": as
@@ -109,16 +125,16 @@ class Backbone:
             weights = "auto" if weight_dtype == "checkpoint" else choose_dtype(weight_dtype, place)
         folder, gguf = locate(path_or_id)
         options: dict[str, Any] = {"dtype": weights, **_gguf_options(gguf)}
-        options |= label_options(labels)
+        options |= label_options(labels, task)
         if labels is not None:
             options["ignore_mismatched_sizes"] = True
         how = Quantization(quantization, double_quantization) if quantization is not None else None
-        maker = kind or auto_class(task)
+        maker = kind or auto_class(task, None if gguf else folder)
         if how is not None:
             require_kernels(how, place)
         codes: Mapping[str, Any] = {}
         with loading(str(path_or_id)), _seeded(seed):
-            tokenizer = read_tokenizer(folder, gguf, required=kind is None)
+            tokenizer = read_tokenizer(folder, gguf, required=kind is None, task=task)
             if how is not None and gguf is None:
                 options |= quantized_loading(
                     folder, maker, how, compute, place, None if labels is None else len(labels)
@@ -355,25 +371,40 @@ def _gguf_options(gguf: str | None) -> dict[str, Any]:
     return options
 
 
-def label_options(labels: Sequence[str] | None) -> dict[str, Any]:
-    """What a configuration is to say of a head's classes."""
+def label_options(labels: Sequence[str] | None, task: str | None = None) -> dict[str, Any]:
+    """What a configuration is to say of a head's classes, and of what they mean."""
     if labels is None:
         return {}
     ids = {label: index for index, label in enumerate(labels)}
-    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids}
+    meaning = {"problem_type": PROBLEM_TYPES[task]} if task in PROBLEM_TYPES else {}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids, **meaning}
 
 
-def auto_class(task: str | None) -> Any:
-    """The auto class of transformers that makes models for a task."""
+def auto_class(task: str | None, folder: str | None = None) -> Any:
+    """The auto class of transformers that makes models for a task; for text to text, a decoder alone serves as well."""
     if task not in AUTO_CLASSES:
         raise BackboneError(f"no task named {task!r}", expected=f"one of {', '.join(AUTO_CLASSES)}")
-    return getattr(transformers, AUTO_CLASSES[task])
+    name = AUTO_CLASSES[task]
+    if name == "AutoModelForSeq2SeqLM" and folder is not None and not reads_both_ways(folder):
+        name = "AutoModelForCausalLM"
+    return getattr(transformers, name)
 
 
-def read_tokenizer(folder: str, gguf: str | None, *, required: bool) -> Any:
-    """The tokenizer of a checkpoint; None where there is none and it is not `required`."""
+def reads_both_ways(path_or_id: str) -> bool:
+    """Whether a checkpoint is an encoder with a decoder."""
+    folder, gguf = locate(path_or_id)
+    if gguf is not None:
+        return False
+    with loading(path_or_id):
+        return bool(AutoConfig.from_pretrained(folder).is_encoder_decoder)
+
+
+def read_tokenizer(folder: str, gguf: str | None, *, required: bool, task: str | None = None) -> Any:
+    """The tokenizer of a checkpoint, or what takes its place for images and sounds; None where there is none and it
+    is not `required`."""
+    reader = getattr(transformers, PROCESSORS.get(task or "", "AutoTokenizer"))
     try:
-        return AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
+        return reader.from_pretrained(folder, **({"gguf_file": gguf} if gguf else {}))
     except (OSError, ValueError, KeyError):
         if required:
             raise
@@ -382,7 +413,7 @@ def read_tokenizer(folder: str, gguf: str | None, *, required: bool) -> Any:
 
 def give_padding(model: PreTrainedModel, tokenizer: Any) -> None:
     """A tokenizer without a padding token pads with its end token, and the model is told: batches need one."""
-    if tokenizer is None:
+    if tokenizer is None or not hasattr(tokenizer, "pad_token_id"):
         return
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -411,8 +442,8 @@ def loading(path_or_id: str) -> Iterator[None]:
         ) from error
 
 
-def load_tokenizer(path_or_id: str) -> Any:
-    """The tokenizer of a checkpoint, without its weights."""
+def load_tokenizer(path_or_id: str, task: str | None = None) -> Any:
+    """The tokenizer of a checkpoint, or what takes its place for images and sounds, without its weights."""
     folder, gguf = locate(path_or_id)
     with loading(path_or_id):
-        return read_tokenizer(folder, gguf, required=True)
+        return read_tokenizer(folder, gguf, required=True, task=task)

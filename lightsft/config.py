@@ -49,14 +49,8 @@ class StrategySpec(BaseModel):
             return cls._from_mapping(text)
         if not isinstance(text, str):
             return cls._from_object(text)
-        match = re.fullmatch(r"\s*([\w./-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
-        if match is None:
-            raise ConfigurationError(
-                f"cannot read the strategy {text!r}",
-                expected="a name, or a name with options: lora(rank=16, alpha=32)",
-            )
-        options = dict(_option(part, text) for part in split_list(match[2] or ""))
-        return cls._from_mapping({"name": match[1], "label": re.sub(r"\s+", "", text), **options})
+        name, options = _called(text, "a strategy", "lora(rank=16, alpha=32)")
+        return cls._from_mapping({"name": name, "label": re.sub(r"\s+", "", text), **options})
 
     @property
     def folder(self) -> str:
@@ -115,6 +109,16 @@ def _plain(value: Any) -> Any:
         spec = StrategySpec.parse(value)
         return {"name": spec.name, **spec.options}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _called(text: str, what: str, example: str = "seq2seq(num_beams=4)") -> tuple[str, dict[str, Any]]:
+    """(name, options) of `name(option=value, ...)`."""
+    match = re.fullmatch(r"\s*([\w./-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
+    if match is None:
+        raise ConfigurationError(
+            f"cannot read {text!r} as {what}", expected=f"a name, or a name with options: {example}"
+        )
+    return match[1], dict(_option(part, text) for part in split_list(match[2] or ""))
 
 
 def _option(text: str, whole: str) -> tuple[str, Any]:
@@ -180,6 +184,34 @@ def _text(value: Any) -> Any:
 Source = Annotated[str, BeforeValidator(_text)]
 
 
+class TaskSpec(BaseModel):
+    """A task: its name and its options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: Any) -> TaskSpec:
+        """From `chat`, `seq2seq(num_beams=4)`, a mapping {name, options...}, or a task object."""
+        if isinstance(text, TaskSpec):
+            return text
+        if isinstance(text, str):
+            name, options = _called(text, "a task")
+            return cls(name=name, options=options)
+        if isinstance(text, Mapping) and "name" in text:
+            options = {**text.get("options", {}), **{k: v for k, v in text.items() if k not in ("name", "options")}}
+            return cls(name=text["name"], options=options)
+        if hasattr(text, "describe"):
+            return cls.parse(text.describe())
+        raise ConfigurationError(f"cannot read the task {text!r}", expected="a name, or a mapping with a name")
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{key}={json.dumps(value)}" for key, value in self.options.items())
+        return f"{self.name}({inside})" if inside else self.name
+
+
 class TrainConfig(BaseModel):
     """What every run needs: model, task, data, and how to train. Field descriptions are the command line's help."""
 
@@ -189,25 +221,33 @@ class TrainConfig(BaseModel):
     """Base model: a folder, a GGUF file or a hub id."""
     out: Path
     """Folder for everything this run writes; it must not exist yet, or hold the same run."""
-    task: Literal["classification", "chat"] = "classification"
-    """classification, or chat (instruction tuning)."""
+    task: Annotated[TaskSpec, BeforeValidator(TaskSpec.parse)] = TaskSpec(name="classification")
+    """What to train for, with options if you like: classification, chat, "seq2seq(num_beams=4)", ..."""
 
     data: Source
-    """Rows: a csv, tsv, jsonl, json or parquet file, a saved data set, or a hub id."""
+    """Rows: a file (csv, jsonl, parquet, CoNLL, SQuAD, ...), a folder, a saved data set, or a hub id."""
     validation_data: Source | None = None
     """Validation rows; without it they are split off by hash of the text."""
     test_data: Source | None = None
     """Test rows; without it they are split off by hash of the text."""
-    text: str = "text"
-    """Column with the text."""
+    text: str | None = None
+    """Column with the text; by default found by its name, then by its content."""
     text_pair: str | None = None
     """Column with a second text, for pairs."""
-    label: str = "label"
-    """Column with the label."""
+    label: str | None = None
+    """Column with the label; by default found by its name, then by its content."""
     labels: Annotated[tuple[str, ...] | None, BeforeValidator(_labels)] = None
     """All labels in order, comma-separated; by default those that occur, sorted."""
     encoding: str = "utf-8"
     """Encoding of text files."""
+    drop_bad_rows: bool = False
+    """Leave out rows that cannot be used, and say how many; without it the first one is an error."""
+    split: Literal["hash", "stratified"] = "hash"
+    """How rows are split: hash (adding rows never moves others), or stratified (each class has its share)."""
+    group: str | None = None
+    """Column whose value keeps rows together: all rows of a group are in one split."""
+    shots: Count | None = None
+    """Few-shot: train on so many examples per class; each seed draws its own."""
     validation_share: Share = 0.1
     """Share of the rows that is split off for validation."""
     test_share: Share = 0.1
@@ -219,16 +259,20 @@ class TrainConfig(BaseModel):
     max_test_examples: Count | None = None
     """Test on at most so many rows."""
     max_length: Count | None = None
-    """Longest input in tokens (128 for classification, 512 for chat)."""
+    """Longest input in tokens; by default the task's own (128 for classification, 512 for chat)."""
     chat_template: Source | None = None
     """File with a Jinja chat template, where the tokenizer has none."""
 
     metric: str | None = None
-    """Score that picks checkpoints and the winner (accuracy for classification, loss for chat)."""
+    """Score that picks checkpoints and the winner; by default the task's own (accuracy for classification)."""
     epochs: Positive = 3.0
     """Passes over the training rows."""
     batch_size: Count = 16
     """Rows per step on each device."""
+    tokens_per_batch: Count | None = None
+    """Instead of batch_size: as many rows of similar length per step as fit into so many padded tokens."""
+    packing: bool = False
+    """Lay the rows of a batch side by side instead of padding them, where the model computes the same."""
     evaluation_batch_size: Count = 64
     """Rows per step in evaluation."""
     gradient_accumulation: Count = 1

@@ -78,7 +78,7 @@ class Predictor:
 
     def _answer(self, chat: Chat, prompt: str, max_new_tokens: int) -> str:
         model, tokenizer = self.backbone.model, self.backbone.tokenizer
-        text = chat.render([{"role": "user", "content": prompt}], tokenizer, prompt=True)
+        text = chat.conversation([{"role": "user", "content": prompt}], tokenizer, prompt=True)
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
         with torch.no_grad(), evaluating(model):
             generated = model.generate(

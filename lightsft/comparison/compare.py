@@ -77,7 +77,7 @@ class _Run:
     ) -> None:
         self.config, self.results, self.worker, self.display = config, results, worker, display
         self.settings = settings
-        results |= {"task": config.task, "model": config.model, "command": command, "config": settings}
+        results |= {"task": config.task.name, "model": config.model, "command": command, "config": settings}
 
     def start(self) -> None:
         """Check everything that can be wrong before hours are spent, and score the baselines."""

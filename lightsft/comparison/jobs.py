@@ -29,7 +29,8 @@ from lightsft.export.merge import merge_folder
 from lightsft.files import disk_errors, write_file
 from lightsft.tasks.base import Metrics
 from lightsft.training.evaluate import score_model
-from lightsft.training.run import Prepared, build_trainer, load_backbone, prepare
+from lightsft.training.prepared import Prepared, prepare
+from lightsft.training.run import build_trainer, load_backbone
 
 Send = Callable[[dict[str, Any]], None]
 PACKAGES = (
@@ -65,7 +66,7 @@ def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
         },
         "metric": prepared.metric,
         "greater_is_better": prepared.task.greater_is_better(prepared.metric),
-        "preview": prepared.task.preview(prepared.splits.train[0], load_tokenizer(config.model)),
+        "preview": prepared.task.preview(prepared.splits.train[0], load_tokenizer(config.model, config.task.name)),
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": psutil.cpu_count(),

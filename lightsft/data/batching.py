@@ -56,11 +56,14 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Ten
 
 
 def pad_features(features: Sequence[dict[str, Any]], padding_id: int, *, left: bool = False) -> dict[str, Tensor]:
-    """Batch token features: ids padded with `padding_id`, masks and token types with 0, label rows with IGNORED."""
+    """Batch token features: ids padded with `padding_id`, masks and token types with 0, label rows with IGNORED.
+
+    What starts with `_` is left out."""
     fill = {"input_ids": padding_id, "labels": IGNORED}
     return {
         name: pad([feature[name] for feature in features], fill.get(name, 0), left=left)
         if isinstance(features[0][name], list)
         else torch.tensor([feature[name] for feature in features])
         for name in features[0]
+        if not name.startswith("_")
     }

@@ -60,7 +60,7 @@ def as_task(settings: Mapping[str, Any]) -> Task:
 
 
 def _of_the_run(adapter: Path) -> HeldOut | None:
-    from lightsft.training.run import read
+    from lightsft.training.prepared import read
 
     run = next((folder for folder in (adapter, *adapter.parents[:3]) if (folder / RUN).exists()), None)
     if run is None:

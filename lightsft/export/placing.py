@@ -55,16 +55,19 @@ def placed_without_values(adapter: Path, checkpoint: Checkpoint, architectures: 
     tensors, settings = read_tensors(adapter), read_settings(adapter) or {}
     try:
         wanted = artifact.what_to_load(adapter, settings, read_peft_settings(adapter) or {})
-        kind = wanted.get("kind") or auto_class(wanted["task"])
+        purpose = wanted.get("task")
+        kind = wanted.get("kind") or auto_class(purpose, str(checkpoint.folder))
         with quiet(), weightless():
-            config = AutoConfig.from_pretrained(checkpoint.folder, **label_options(wanted.get("labels")))
+            config = AutoConfig.from_pretrained(checkpoint.folder, **label_options(wanted.get("labels"), purpose))
             model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
             model.tie_weights()
             places = find_places(model, checkpoint, other_class=type(model).__name__ not in architectures)
             if places is None:
                 return None
             own = (adapter / "tokenizer_config.json").is_file()
-            before = tokenizer = read_tokenizer(str(adapter if own else checkpoint.folder), None, required=False)
+            before = tokenizer = read_tokenizer(
+                str(adapter if own else checkpoint.folder), None, required=False, task=purpose
+            )
             if wanted.get("labels") and tokenizer is not None:
                 tokenizer = copy.deepcopy(before)
                 give_padding(model, tokenizer)

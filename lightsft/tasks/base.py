@@ -2,70 +2,197 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, ClassVar, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from lightsft.data.reading import Row
+from lightsft.data.batching import IGNORED, pad_features
+from lightsft.data.columns import ColumnKind, guess
+from lightsft.data.problems import Problem
+from lightsft.data.reading import Row, require_columns
+from lightsft.errors import DataError
 
 Metrics = dict[str, Any]
+Array = np.ndarray[Any, Any]
+Feature = dict[str, Any]
 
 
 class Task(ABC):
-    """Rows -> features -> batches -> loss and per-example outcomes -> metrics.
+    """Rows -> features -> batches -> loss and outcomes -> metrics. A subclass is a frozen dataclass of its settings.
 
-    Outcomes are a small array per example, (examples, width): enough to compute every metric again later, on any
-    resample of the examples. They are what is stored, not the logits.
+    A row becomes one feature, or several where a text is too long for one (`_row` then says which row it is of).
+    Keys of a feature that start with `_` are for `by_row` and never become tensors. Outcomes are a small array per
+    example: enough to compute every metric again later, on any resample of the examples. They are what is stored,
+    not the logits.
     """
 
     name: ClassVar[str]
     metric: ClassVar[str]  # the default score
     metric_names: ClassVar[tuple[str, ...]]  # the scores that may decide
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
+    columns: ClassVar[Mapping[str, ColumnKind]] = {}  # the fields that name a column, and what is in it
+    packs: ClassVar[bool] = False  # whether each position's loss depends on its own sequence alone
+
+    # ---- settings
+
+    @classmethod
+    def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
+        """The task with what `options` leave open found in the rows: columns, and in subclasses labels."""
+        return cls(**{**cls.found_columns(rows, source, options), **options})
+
+    @classmethod
+    def found_columns(cls, rows: Sequence[Row], source: str, options: Mapping[str, Any]) -> dict[str, str]:
+        """Columns for the fields that `options` do not name."""
+        taken = {str(options[name]) for name in cls.columns if options.get(name) is not None}
+        wanted = {name: kind for name, kind in cls.columns.items() if options.get(name) is None}
+        return {name: found.column for name, found in guess(rows, wanted, taken=taken, source=source).items()}
+
+    def for_model(self, reads_both_ways: bool) -> Self:
+        """The task for a model with an encoder and a decoder, or for any other."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """The settings needed to predict later; `task(**describe())` is this task again."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
     def greater_is_better(self, metric: str) -> bool:
         """Whether more of this score is better."""
         return metric not in self.lower_is_better
 
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """The settings needed to predict later; `task(**describe())` is this task again."""
+    # ---- rows
 
     @abstractmethod
+    def text_of(self, row: Row) -> str:
+        """The text that is read, by which duplicates are told and splits are made."""
+
     def key(self, row: Row) -> str:
         """The text that decides which split a row belongs to."""
+        return self.text_of(row)
+
+    def classes(self, row: Row) -> tuple[str, ...]:
+        """The labels of a row; none where there is no such thing."""
+        return ()
 
     @abstractmethod
+    def problems(self, row: Row) -> Iterator[Problem]:
+        """What is wrong with a row, as far as it can be seen without a tokenizer. It may be any mapping."""
+
+    def token_problems(self, row: Row, tokenizer: Any) -> Iterator[Problem]:
+        """What is wrong with a row without problems, once it is cut to the length limit."""
+        return iter(())
+
+    def render(self, row: Row, tokenizer: Any) -> str:
+        """The text as it is handed to the tokenizer."""
+        return self.text_of(row)
+
+    def used_columns(self) -> list[str]:
+        """The columns that every row has to have."""
+        return [getattr(self, name) for name in self.columns if getattr(self, name) is not None]
+
     def check(self, rows: Sequence[Row], source: str) -> None:
-        """Raise DataError naming the row for what cannot be trained on."""
+        """Raise DataError naming the first row that cannot be trained on, and how many more there are."""
+        require_columns(rows, self.used_columns(), source)
+        bad = [(number, problem) for number, row in enumerate(rows, 1) for problem in errors_of(self.problems(row))]
+        require_none(bad, source)
+
+    # ---- features and batches
 
     @abstractmethod
-    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[dict[str, Any]]:
-        """Token features, one dict per row, with "labels"."""
+    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[Feature]:
+        """Features of the rows, in their order, with "labels"."""
 
-    @abstractmethod
-    def collate(self, features: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
-        """A padded batch."""
+    def collate(self, features: Sequence[Feature], tokenizer: Any) -> dict[str, Tensor]:
+        """A batch, padded on the tokenizer's side."""
+        return pad_features(features, tokenizer.pad_token_id, left=tokenizer.padding_side == "left")
+
+    def length(self, feature: Feature) -> int:
+        """What a feature costs: its tokens."""
+        return len(feature["input_ids"])
+
+    # ---- the model
+
+    def forward(self, model: Any, inputs: Mapping[str, Tensor]) -> Any:
+        """What the model says of a batch without its labels."""
+        return model(**inputs)
+
+    def items(self, labels: Tensor) -> Tensor:
+        """What the summed loss of a batch is divided by, added up over the batches of a step."""
+        return labels.ne(IGNORED).sum()
 
     @abstractmethod
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Summed loss over the batch divided by `num_items_in_batch` (by its own items when None), in fp32."""
 
-    @abstractmethod
-    def outcomes(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(batch, width) in fp32: what happened for each example."""
+    def mean(self, total: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """A summed loss divided by its items; 0 for a batch without any."""
+        if num_items_in_batch is not None:
+            return total / num_items_in_batch
+        items = self.items(labels)
+        return total / torch.where(items > 0, items, torch.ones_like(items))
+
+    # ---- scores
 
     @abstractmethod
-    def metrics(self, outcomes: np.ndarray[Any, Any]) -> Metrics:
+    def outcomes(self, outputs: Any, labels: Tensor) -> Tensor:
+        """(features, width) in fp32: what happened for each of the batch."""
+
+    def generations(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor | None:
+        """(features, new tokens) that the model writes itself, put beside the outcomes; None for most tasks."""
+        return None
+
+    def by_row(self, outcomes: Array, features: Sequence[Feature], tokenizer: Any) -> Array:
+        """(rows, width): outcomes of features as outcomes of rows, in the order of the rows."""
+        return outcomes
+
+    @abstractmethod
+    def metrics(self, outcomes: Array) -> Metrics:
         """Every metric of these examples by name."""
+
+    def score(self, outcomes: Array, metric: str) -> float:
+        """One metric; for the thousands of resamples of a bootstrap."""
+        return float(self.metrics(outcomes)[metric])
 
     def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics | None:
         """Metrics of the best constant answer, or None where there is no such thing."""
         return None
 
+    # ---- showing
+
+    def target_of(self, row: Row) -> str:
+        """What is to be predicted, to be shown."""
+        return ", ".join(self.classes(row))
+
     def preview(self, row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
-        """The first example as it is trained on: pieces of text, each with whether it carries loss."""
-        return []
+        """An example as it is trained on: pieces of text, each with whether it carries loss."""
+        feature = self.encode([row], tokenizer)[0]
+        if not isinstance(feature["labels"], list) or len(feature["labels"]) != len(feature["input_ids"]):
+            return [(tokenizer.decode(feature["input_ids"]), False), (self.target_of(row), True)]
+        carries = [label != IGNORED for label in feature["labels"]]
+        runs = groupby(zip(feature["input_ids"], carries, strict=True), key=itemgetter(1))
+        return [(tokenizer.decode([token for token, _ in run]), loss) for loss, run in runs]
+
+
+def errors_of(problems: Iterator[Problem]) -> list[Problem]:
+    """Those that make a row unusable."""
+    return [problem for problem in problems if problem.severity == "error"]
+
+
+def require_none(bad: Sequence[tuple[int, Problem]], source: str) -> None:
+    """Raise DataError about the first of these (row number, problem), saying how many rows there are."""
+    if not bad:
+        return
+    number, problem = bad[0]
+    rows = len({number for number, _ in bad})
+    raise DataError(
+        f"{source}: row {number} {problem.found}" + (f" ({rows} rows cannot be used)" if rows > 1 else ""),
+        expected=problem.expected,
+        todo=f"{problem.todo or 'correct the row'}, or leave such rows out with --drop-bad-rows",
+    )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
 
-import numpy as np
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
-from lightsft.data.batching import IGNORED, pad_features
+from lightsft.data.batching import IGNORED
+from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
-from lightsft.errors import DataError
-from lightsft.tasks.base import Metrics, Task
+from lightsft.errors import ConfigurationError, DataError
+from lightsft.tasks.base import Feature
+from lightsft.tasks.language import TEXT_METRICS, LanguageTask
 
 Message = dict[str, str]
 # Pairs of columns that hold a question and its answer, in the order in which they are looked for.
@@ -22,46 +22,73 @@ PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answ
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
-@dataclass(frozen=True)
-class Chat(Task):
+@dataclass(frozen=True, kw_only=True)
+class Chat(LanguageTask):
     """Next-token cross-entropy on what the assistant says; the score is the loss per token.
 
     Rows hold `messages` (role, content), `conversations` (from, value), or a pair of columns: prompt and completion,
     instruction (with input) and output, question and answer. The tokenizer's chat template renders them. What the
-    assistant says before anybody has spoken is context: no prompt leads to it. max_length: in tokens; longer
-    conversations are cut at the end, as is what exceeds the tokenizer's own limit.
+    assistant says before anybody has spoken is context: no prompt leads to it. loss_on: "assistant", or "all" for
+    every token of the conversation. max_length: in tokens; longer conversations are cut at the end, as is what exceeds
+    the tokenizer's own limit. What `generate` writes when scoring is an answer to each conversation's last question.
     """
 
     max_length: int = 512
     chat_template: str | None = None
+    loss_on: Literal["assistant", "all"] = "assistant"
 
     name: ClassVar[str] = "chat"
-    metric: ClassVar[str] = "loss"
-    metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", *TEXT_METRICS)
 
-    def describe(self) -> dict[str, Any]:
-        """The fields, and the task's name."""
-        return {"name": self.name, **asdict(self)}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_on not in ("assistant", "all"):
+            raise ConfigurationError(f"loss_on={self.loss_on!r}", expected="'assistant' or 'all'")
+        if self.loss_on == "all" and self.generate:
+            raise ConfigurationError(
+                "loss_on='all' leaves no prompt to generate from", expected="loss_on='assistant' beside generate"
+            )
+
+    def text_of(self, row: Row) -> str:
+        """All that is said."""
+        return "\n".join(message["content"] for message in messages_of(row))
 
     def key(self, row: Row) -> str:
         """What the user says first: the same question never is in two splits."""
         return next((m["content"] for m in messages_of(row) if m["role"] == "user"), "")
 
-    def check(self, rows: Sequence[Row], source: str) -> None:
-        """Every row must hold a conversation in which the assistant says something."""
-        for number, row in enumerate(rows, 1):
-            try:
-                messages = messages_of(row)
-            except DataError as error:
-                raise DataError(f"{source}: row {number}: {error.found}", expected=error.expected) from error
-            if not any(m["role"] == "assistant" and m["content"].strip() for m in messages[1:]):
-                raise DataError(
-                    f"{source}: row {number} has no answer of the assistant",
-                    expected="at least one non-empty assistant message after the first message",
-                    todo="remove the row",
-                )
+    def problems(self, row: Row) -> Iterator[Problem]:
+        """No conversation, an assistant that says nothing, turns in an order that no template expects."""
+        try:
+            messages = messages_of(row)
+        except DataError as error:
+            yield Problem("no_conversation", f"cannot be read: {error.found}", error.expected, error.todo)
+            return
+        if not any(m["role"] == "assistant" and m["content"].strip() for m in messages[1:]):
+            yield Problem(
+                "no_answer",
+                "has no answer of the assistant",
+                expected="at least one non-empty assistant message after the first message",
+                todo="remove the row",
+            )
+        yield from order_problems([message["role"] for message in messages])
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[dict[str, Any]]:
+    def token_problems(self, row: Row, tokenizer: Any) -> Iterator[Problem]:
+        """A template that fails on it, or no token of the assistant within the limit."""
+        try:
+            feature = self._encode(row, tokenizer)
+        except DataError as error:
+            yield Problem("template_fails", f"cannot be rendered: {error.found}", error.expected, error.todo)
+            return
+        if all(label == IGNORED for label in feature["labels"]):
+            yield Problem(
+                "target_cut_off",
+                f"has no assistant token within {self.max_length} tokens",
+                expected="an answer inside the length limit",
+                todo="raise --max-length",
+            )
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[Feature]:
         """Token ids of the conversation; labels are IGNORED outside the assistant's turns."""
         features = [self._encode(row, tokenizer) for row in rows]
         silent = [number for number, f in enumerate(features, 1) if all(label == IGNORED for label in f["labels"])]
@@ -69,23 +96,28 @@ class Chat(Task):
             raise DataError(
                 f"row {silent[0]}: no assistant token within {self.max_length} tokens ({len(silent)} such rows)",
                 expected="an answer inside the length limit",
-                todo="raise --max-length, or remove the rows",
+                todo="raise --max-length, or leave such rows out with --drop-bad-rows",
             )
         return features
 
-    def _encode(self, row: Row, tokenizer: Any) -> dict[str, Any]:
+    def render(self, row: Row, tokenizer: Any) -> str:
+        """The conversation as the template writes it."""
+        return "".join(piece for piece, _ in self._pieces(row, tokenizer))
+
+    def _encode(self, row: Row, tokenizer: Any) -> Feature:
         pieces = self._pieces(row, tokenizer)
-        text = "".join(piece for piece, _ in pieces)
         encoded = tokenizer(
-            text,
+            "".join(piece for piece, _ in pieces),
             add_special_tokens=False,
             return_offsets_mapping=True,
             truncation=True,
             max_length=min(self.max_length, tokenizer.model_max_length),
         )
-        spoken = _spans(pieces)
+        spoken = _spans([(text, said or self.loss_on == "all") for text, said in pieces])
         labels = [
-            token if any(start < end and begin <= start and end <= stop for begin, stop in spoken) else IGNORED
+            token
+            if self.loss_on == "all" or any(start < end and a <= start and end <= b for a, b in spoken)
+            else IGNORED
             for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ]
         return {
@@ -100,8 +132,8 @@ class Chat(Task):
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or index == 0:
                 continue
-            opening = self.render(messages[:index], tokenizer, prompt=True)
-            whole = self.render(messages[: index + 1], tokenizer)
+            opening = self.conversation(messages[:index], tokenizer, prompt=True)
+            whole = self.conversation(messages[: index + 1], tokenizer)
             if not (opening.startswith(done) and whole.startswith(opening)):
                 raise DataError(
                     "the chat template rewrites earlier turns, so the assistant's tokens cannot be told apart",
@@ -112,7 +144,7 @@ class Chat(Task):
             done = whole
         return pieces
 
-    def render(self, messages: Sequence[Message], tokenizer: Any, *, prompt: bool = False) -> str:
+    def conversation(self, messages: Sequence[Message], tokenizer: Any, *, prompt: bool = False) -> str:
         """The conversation as text; with `prompt`, open for the assistant to speak."""
         if tokenizer.chat_template is None and self.chat_template is None:
             raise DataError(
@@ -132,44 +164,6 @@ class Chat(Task):
                 todo="correct the rows, or pass another template with --chat-template",
             ) from error
         return rendered
-
-    def collate(self, features: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
-        """Padded on the right: positions then start at 0 in every row."""
-        return pad_features(features, tokenizer.pad_token_id)
-
-    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """-log softmax(logits[t])[token t+1] over the assistant's tokens; only their logits are widened to fp32."""
-        spoken, targets = _supervised(outputs.logits, labels)
-        total = torch.nn.functional.cross_entropy(spoken.float(), targets, reduction="sum")
-        return total / (num_items_in_batch if num_items_in_batch is not None else max(1, targets.shape[0]))
-
-    def outcomes(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(batch, 3): summed negative log-likelihood, right top-1 predictions, tokens."""
-        rows = torch.arange(labels.shape[0], device=labels.device)[:, None].expand(-1, labels.shape[1] - 1)
-        row = rows[labels[:, 1:] != IGNORED]
-        spoken, targets = _supervised(logits, labels)
-        losses = torch.nn.functional.cross_entropy(spoken.float(), targets, reduction="none")
-        per_token = torch.stack([losses, (spoken.argmax(-1) == targets).float(), torch.ones_like(losses)], dim=1)
-        return torch.zeros(labels.shape[0], 3, device=labels.device).index_add_(0, row, per_token)
-
-    def metrics(self, outcomes: np.ndarray[Any, Any]) -> Metrics:
-        """Loss and accuracy per token, and the perplexity exp(loss)."""
-        likelihood, right, tokens = outcomes.sum(axis=0)
-        loss = float(likelihood / tokens)
-        return {"loss": loss, "perplexity": float(np.exp(loss)), "token_accuracy": float(right / tokens)}
-
-    def preview(self, row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
-        """The rendered conversation, split where the loss mask changes."""
-        feature = self._encode(row, tokenizer)
-        pieces: list[tuple[str, bool]] = []
-        run: list[int] = []
-        for index, (token, label) in enumerate(zip(feature["input_ids"], feature["labels"], strict=True)):
-            run.append(token)
-            following = feature["labels"][index + 1 : index + 2]
-            if not following or (following[0] == IGNORED) != (label == IGNORED):
-                pieces.append((tokenizer.decode(run), label != IGNORED))
-                run = []
-        return pieces
 
 
 def messages_of(row: Row) -> list[Message]:
@@ -192,6 +186,20 @@ def messages_of(row: Row) -> list[Message]:
         f"no conversation in the columns {', '.join(map(repr, row))}",
         expected="messages, conversations, or one of " + ", ".join(f"{a} and {b}" for a, b in PAIRS),
     )
+
+
+def order_problems(roles: Sequence[str]) -> Iterator[Problem]:
+    """Turns in an order that templates do not expect: a system message inside, or nobody else between two turns."""
+    spoken = [role for role in roles if role != "system"]
+    expected = "a system message first if at all, then user and assistant in turn"
+    if "system" in roles[1:]:
+        yield Problem("system_not_first", "has a system message that is not the first", expected, severity="warning")
+    if any(one == other != "tool" for one, other in pairwise(spoken)):
+        yield Problem("turns_out_of_order", "has two turns of the same role in a row", expected, severity="warning")
+    if spoken[:1] == ["assistant"]:
+        yield Problem("assistant_first", "opens with the assistant", expected, severity="warning")
+    if spoken[-1:] == ["user"]:
+        yield Problem("ends_with_user", "ends with a question nobody answers", expected, severity="warning")
 
 
 def _message(message: Any, role: str, content: str) -> Message:
@@ -217,10 +225,3 @@ def _spans(pieces: Sequence[tuple[str, bool]]) -> list[tuple[int, int]]:
             spans.append((start, start + len(text)))
         start += len(text)
     return spans
-
-
-def _supervised(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(tokens, vocabulary) logits that predict a supervised token, and (tokens,) those tokens."""
-    targets = labels[:, 1:]
-    chosen = targets != IGNORED
-    return logits[:, :-1][chosen], targets[chosen]

@@ -30,15 +30,23 @@ def score_model(backbone: Backbone, task: Task, rows: Sequence[Row], batch_size:
 def outcomes_of(backbone: Backbone, task: Task, rows: Sequence[Row], batch_size: int) -> np.ndarray[Any, Any]:
     """(rows, width): what happened for each row, in their order."""
     features = task.encode(rows, backbone.tokenizer)
-    order = sorted(range(len(features)), key=lambda index: len(features[index]["input_ids"]))
+    order = sorted(range(len(features)), key=lambda index: task.length(features[index]))
     found = []
     with torch.no_grad(), evaluating(backbone.model):
         for first in range(0, len(order), batch_size):
             batch = task.collate([features[i] for i in order[first : first + batch_size]], backbone.tokenizer)
-            labels = batch.pop("labels").to(backbone.model.device)
-            outputs = backbone.model(**{name: value.to(backbone.model.device) for name, value in batch.items()})
-            found.append(task.outcomes(outputs.logits, labels).cpu())
+            inputs = {name: value.to(backbone.model.device) for name, value in batch.items()}
+            found.append(observed(task, backbone.model, inputs)[1].cpu())
     outcomes = torch.cat(found)
     outcomes[torch.tensor(order)] = outcomes.clone()
-    array: np.ndarray[Any, Any] = outcomes.numpy()
-    return array
+    return task.by_row(outcomes.numpy(), features, backbone.tokenizer)
+
+
+def observed(task: Task, model: Any, batch: dict[str, Tensor], writer: Any = None) -> tuple[Tensor, Tensor]:
+    """(loss, outcomes) of a batch; `writer` is the model that generates, where `model` wraps it."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch["labels"]
+    outputs = task.forward(model, inputs)
+    outcomes = task.outcomes(outputs, labels)
+    written = task.generations(writer or model, inputs, labels)
+    return task.loss(outputs, labels), outcomes if written is None else torch.cat([outcomes, written.float()], dim=1)

@@ -12,7 +12,8 @@ from lightsft.errors import OutputError
 from lightsft.files import disk_errors, read_json, write_json
 from lightsft.runs import identity_of, require_same_run
 from lightsft.tasks.base import Metrics
-from lightsft.training.run import build_trainer, load_backbone, prepare
+from lightsft.training.prepared import prepare
+from lightsft.training.run import build_trainer, load_backbone
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.injection import Injection
 from lightsft.tasks.base import Metrics, Task
+from lightsft.training.evaluate import observed
 from lightsft.training.optimizers import classes_in_state, forget_overrides, recipe
 
 
@@ -39,9 +40,9 @@ class Encoded(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.features[index]
 
-    def lengths(self) -> list[int]:
-        """Tokens per example."""
-        return [len(feature["input_ids"]) for feature in self.features]
+    def lengths(self, task: Task) -> list[int]:
+        """What each costs, in tokens."""
+        return [task.length(feature) for feature in self.features]
 
     def reordered(self, order: Iterable[int]) -> Encoded:
         """The same examples in another order."""
@@ -89,10 +90,10 @@ class Trainer(transformers.Trainer):
                 model=injection.model,
                 args=args,
                 train_dataset=self._encoded(train),
-                eval_dataset=_by_length(self._encoded(validation)),
+                eval_dataset=_by_length(self._encoded(validation), task),
                 data_collator=lambda features: task.collate(features, self.tokenizer),
                 compute_loss_func=task.loss,
-                compute_metrics=lambda prediction: task.metrics(prediction.predictions),
+                compute_metrics=self._metrics,
                 **options,
             )
 
@@ -105,6 +106,10 @@ class Trainer(transformers.Trainer):
         self.task.check(rows, "the given data")
         return Encoded(self.task.encode(rows, self.tokenizer))
 
+    def _metrics(self, prediction: Any) -> Metrics:
+        """Of the examples that were evaluated last."""
+        return self.task.metrics(self.task.by_row(prediction.predictions, self.evaluated.features, self.tokenizer))
+
     # ---- batches and precision
 
     def _get_train_sampler(self, train_dataset: Encoded | None = None) -> SimilarLengths | None:
@@ -112,7 +117,7 @@ class Trainer(transformers.Trainer):
         if not isinstance(dataset, Encoded):
             return None
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return SimilarLengths(dataset.lengths(), self.args.train_batch_size, seed)
+        return SimilarLengths(dataset.lengths(self.task), self.args.train_batch_size, seed)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Autocast to the backbone's compute type where fp32 masters are trained, in training and evaluation."""
@@ -176,6 +181,35 @@ class Trainer(transformers.Trainer):
 
     # ---- evaluation
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss of what it has the model say."""
+        labels = inputs.pop("labels")
+        outputs = self.task.forward(model, inputs)
+        loss = self.task.loss(outputs, labels, num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over them
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        """What the summed losses of one update are divided by, over all processes."""
+        if not batch_samples:
+            return None
+        items = torch.stack([self.task.items(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.gather(items[None]).sum()
+        return items
+
+    def evaluation_loop(self, dataloader: Any, *arguments: Any, **options: Any) -> Any:
+        """As transformers', remembering which examples are evaluated."""
+        self.evaluated = dataloader.dataset
+        return super().evaluation_loop(dataloader, *arguments, **options)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -185,22 +219,21 @@ class Trainer(transformers.Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, and the task's outcomes in place of logits: a few numbers per example."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        loss = self.task.loss(outputs, labels).detach()
+            loss, outcomes = observed(self.task, model, inputs, self.injection.model)
         if prediction_loss_only:
             return loss, None, None
-        return loss, self.task.outcomes(outputs.logits, labels), labels.reshape(labels.shape[0], -1)[:, :1]
+        return loss, outcomes, torch.zeros(outcomes.shape[0], 1, device=outcomes.device)
 
     def score(self, rows: Sequence[Row]) -> tuple[Metrics, np.ndarray[Any, Any]]:
         """(metrics, outcomes) of the present weights on `rows`; outcomes are in the order of the rows."""
         encoded = Encoded(self.task.encode(rows, self.tokenizer))
-        order = np.argsort(encoded.lengths(), kind="stable")
+        order = np.argsort(encoded.lengths(self.task), kind="stable")
         found = super().predict(encoded.reordered(order), metric_key_prefix="test").predictions
         outcomes = np.empty_like(found)
         outcomes[order] = found
-        return self.task.metrics(outcomes), outcomes
+        by_row = self.task.by_row(outcomes, encoded.features, self.tokenizer)
+        return self.task.metrics(by_row), by_row
 
     # ---- saving and loading: the injection, not the model
 
@@ -237,9 +270,9 @@ def _move(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: l
     optimizer.add_param_group({**group, "params": parameters, **own})
 
 
-def _by_length(dataset: Encoded | None) -> Encoded | None:
+def _by_length(dataset: Encoded | None, task: Task) -> Encoded | None:
     """Similar lengths side by side waste little padding; in evaluation the order does not matter."""
-    return None if dataset is None else dataset.reordered(np.argsort(dataset.lengths(), kind="stable"))
+    return None if dataset is None else dataset.reordered(np.argsort(dataset.lengths(task), kind="stable"))
 
 
 def _autocast_dtype(injection: Injection) -> torch.dtype | None:

@@ -12,7 +12,7 @@ from lightsft.export import held_out as module
 from lightsft.export.held_out import held_out
 from lightsft.export.merge import merge
 from lightsft.training import single as singles
-from lightsft.training.run import prepare
+from lightsft.training.prepared import prepare
 from lightsft_adapters import LoRA
 from tests.checkpoints import labelled_rows, write_csv
 from tests.export.test_merge import adapter_on

@@ -14,7 +14,8 @@ from lightsft import Backbone, Trainer
 from lightsft.config import SingleConfig, build
 from lightsft.errors import ConfigurationError
 from lightsft.training.optimizers import recipe, require_usable
-from lightsft.training.run import build_trainer, load_backbone, prepare
+from lightsft.training.prepared import prepare
+from lightsft.training.run import build_trainer, load_backbone
 from lightsft_adapters import Full, LoRA
 from tests.checkpoints import LABELS, labelled_rows, save_bert
 from tests.run_fixtures import single

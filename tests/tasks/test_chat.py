@@ -261,7 +261,7 @@ def test_a_batch_in_which_nobody_speaks_has_no_loss():
 
 def test_metrics_equal_a_direct_computation(model, batch):
     logits = forward(model, batch).logits
-    outcomes = TASK.outcomes(logits, batch["labels"])
+    outcomes = TASK.outcomes(SimpleNamespace(logits=logits), batch["labels"])
     losses, right = [], []
     for row, labels in zip(logits.double(), batch["labels"], strict=True):
         for position in range(1, len(labels)):
@@ -277,10 +277,10 @@ def test_metrics_equal_a_direct_computation(model, batch):
 
 
 def test_outcomes_of_a_row_do_not_depend_on_the_batch(model, batch):
-    together = TASK.outcomes(forward(model, batch).logits, batch["labels"])
+    together = TASK.outcomes(forward(model, batch), batch["labels"])
     for row in range(len(together)):
         one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-        alone = TASK.outcomes(forward(model, one).logits, one["labels"])
+        alone = TASK.outcomes(forward(model, one), one["labels"])
         torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import lightsft
 from lightsft.errors import ConfigurationError, DataError
-from lightsft.tasks.classification import labels_of
+from lightsft.tasks.labelled import labels_of
 from tests.checkpoints import LABELS, labelled_rows, wordpiece_tokenizer
 
 TASK = lightsft.task("classification", labels=LABELS)
@@ -90,7 +90,7 @@ def test_a_task_is_made_again_from_its_description():
 
 
 def test_an_unknown_task_is_refused():
-    with pytest.raises(ConfigurationError, match="one of classification, chat"):
+    with pytest.raises(ConfigurationError, match="one of classification, multi-label"):
         lightsft.task("poetry")
 
 
@@ -165,7 +165,7 @@ def test_micro_batches_add_up_to_the_big_batch():
 
 def test_outcomes_hold_probabilities_and_the_truth():
     logits, labels = torch.randn(5, 2), torch.tensor([0, 1, 1, 0, 1])
-    outcomes = TASK.outcomes(logits, labels)
+    outcomes = TASK.outcomes(SimpleNamespace(logits=logits), labels)
     torch.testing.assert_close(outcomes[:, :2], logits.softmax(-1))
     assert outcomes[:, 2].tolist() == labels.tolist()
     metrics = TASK.metrics(outcomes.numpy())

@@ -11,7 +11,8 @@ import transformers
 from lightsft.config import SingleConfig, StrategySpec, build
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.training import single as singles
-from lightsft.training.run import build_trainer, load_backbone, prepare
+from lightsft.training.prepared import prepare
+from lightsft.training.run import build_trainer, load_backbone
 from lightsft_adapters import Full, LoRA, Prefix
 from lightsft_adapters.combined import Combined
 from lightsft_adapters.p_tuning import PTuning

@@ -1,0 +1,108 @@
+"""Regression and similarity: a number per text, or per pair of texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from lightsft.data.columns import ColumnKind
+from lightsft.data.problems import Problem
+from lightsft.data.reading import Row
+from lightsft.metrics.regression import regression_scores
+from lightsft.tasks.base import Array, Feature, Metrics, Task
+from lightsft.tasks.texts import PAIR, TEXT, encode_texts, filled, joined, text_problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression(Task):
+    """(prediction - number)^2, its mean. The numbers are learned as they are: bring large ones to the order of one.
+
+    text, text_pair, label: columns; label holds the number. max_length: in tokens.
+    """
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "score"
+    max_length: int = 128
+
+    labels: ClassVar[tuple[str, ...]] = ("value",)  # one output
+    name: ClassVar[str] = "regression"
+    metric: ClassVar[str] = "pearson"
+    metric_names: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "rmse", "mae", "r2", "loss")
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "rmse", "mae"})
+    columns: ClassVar[Mapping[str, ColumnKind]] = {
+        "text": TEXT,
+        "text_pair": PAIR,
+        "label": ColumnKind(("score", "label", "value", "similarity", "rating", "number", "target", "stars"), "number"),
+    }
+
+    def text_of(self, row: Row) -> str:
+        """Both texts."""
+        return joined(row, self.text_columns)
+
+    def problems(self, row: Row) -> Iterator[Problem]:
+        """Empty texts, what is no number."""
+        yield from text_problems(row, self.text_columns)
+        if number_of(row.get(self.label)) is None:
+            yield Problem(
+                "no_number",
+                f"has {row.get(self.label)!r} in {self.label!r}",
+                expected="a finite number in every row",
+                todo="correct the row",
+            )
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[Feature]:
+        """Token ids, cut to max_length, and the number."""
+        encoded = encode_texts(rows, self.text_columns, tokenizer, self.max_length)
+        numbers = [number_of(row.get(self.label)) for row in rows]
+        return [
+            {**f, "labels": math.nan if number is None else number} for f, number in zip(encoded, numbers, strict=True)
+        ]
+
+    def target_of(self, row: Row) -> str:
+        """The number."""
+        return str(number_of(row.get(self.label)))
+
+    @property
+    def text_columns(self) -> list[str]:
+        """One column, or two."""
+        return [self.text] + ([self.text_pair] if self.text_pair else [])
+
+    def items(self, labels: Tensor) -> Tensor:
+        """The examples."""
+        return torch.tensor(labels.shape[0], device=labels.device)
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The mean squared error, in fp32."""
+        total = mse_loss(outputs.logits.float()[:, 0], labels.float(), reduction="sum")
+        return self.mean(total, labels, num_items_in_batch)
+
+    def outcomes(self, outputs: Any, labels: Tensor) -> Tensor:
+        """(batch, 2): prediction and truth."""
+        return torch.stack([outputs.logits.float()[:, 0], labels.float()], dim=1)
+
+    def metrics(self, outcomes: Array) -> Metrics:
+        """Pearson, Spearman, RMSE, MAE, R^2."""
+        found: Metrics = regression_scores(outcomes)
+        return found | {"loss": float(((outcomes[:, 0] - outcomes[:, 1]) ** 2).mean())}
+
+    def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics:
+        """Always the mean of `train`."""
+        mean = np.mean([number_of(row[self.label]) for row in train])
+        return self.metrics(np.array([[mean, number_of(row[self.label])] for row in rows]))
+
+
+def number_of(cell: Any) -> float | None:
+    """A cell as a finite number."""
+    try:
+        number = float(str(cell).strip()) if not isinstance(cell, bool) else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,229 @@
+"""Token classification: a tag per word. Named entities, parts of speech, semantic roles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lightsft.data.batching import IGNORED
+from lightsft.data.columns import ColumnKind
+from lightsft.data.problems import Problem
+from lightsft.data.reading import Row, require_columns
+from lightsft.errors import ConfigurationError, DataError
+from lightsft.metrics.entities import broken, counts, entity_per_type, entity_scores, scheme_of, types_of
+from lightsft.tasks.base import Array, Feature, Metrics, Task, pad_features
+from lightsft.tasks.labelled import in_order
+from lightsft.tasks.windows import windows_of_words
+
+PLAIN = "plain"  # tags without entities, such as parts of speech
+SUMS = 3  # outcomes before the entities: likelihood, right, words
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClassification(Task):
+    """-log softmax(logits)[tag] at the first sub-token of each word, its mean over words.
+
+    tokens, tags: columns of lists, one tag per word. labels: the tags, in the head's order. scheme: BIO, IOB1, BIOES,
+    BILOU, BMES, IO, or plain for tags without entities; by default what the tags look like. predicate: a column with
+    the number of a word (semantic role labelling); that word is put in front of the sentence, as a second text
+    (1904.05255). max_length: in tokens; longer sentences are read in several windows, so that no word goes untagged.
+    """
+
+    tokens: str = "tokens"
+    tags: str = "tags"
+    predicate: str | None = None
+    labels: tuple[str, ...] = ()
+    scheme: str = "BIO"
+    max_length: int = 128
+
+    name: ClassVar[str] = "token-classification"
+    metric_names: ClassVar[tuple[str, ...]] = (
+        "f1", "precision", "recall", "macro_f1", "macro_precision", "macro_recall", "weighted_f1", "token_accuracy",
+        "loss",
+    )  # fmt: skip
+    packs: ClassVar[bool] = True
+    columns: ClassVar[Mapping[str, ColumnKind]] = {
+        "tokens": ColumnKind(("tokens", "words", "text", "sentence"), "tokens"),
+        "tags": ColumnKind(("tags", "ner_tags", "labels", "pos_tags", "ner", "upos", "roles"), "tags"),
+        "predicate": ColumnKind(("predicate", "predicate_index", "verb"), "number", optional=True),
+    }
+
+    @property
+    def metric(self) -> str:  # type: ignore[override]
+        """F1 over entities, or accuracy over words where there are none."""
+        return "token_accuracy" if self.scheme == PLAIN else "f1"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
+        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
+            raise DataError(f"the tags are {', '.join(self.labels)}", expected="at least two different tags")
+        if self.scheme != PLAIN:
+            types_of(self.labels, self.scheme)  # refuses what is no scheme
+
+    @classmethod
+    def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
+        """Columns by name and content, tags as they occur, the scheme that they look like."""
+        options = {**cls.found_columns(rows, source, options), **options}
+        require_columns(rows, [options["tokens"], options["tags"]], source)
+        listed = [tuple(map(str, row[options["tags"]])) for row in rows if isinstance(row[options["tags"]], list | tuple)]
+        if not listed:
+            raise DataError(
+                f"{source}: the column {options['tags']!r} holds no lists",
+                expected="a list of tags per row, one per word",
+                todo="name the right column with the option tags",
+            )
+        if options.get("labels") is None:
+            options["labels"] = in_order({tag for tags in listed for tag in tags})
+        if options.get("scheme") is None:
+            options["scheme"] = scheme_of(listed)
+        return cls(**options)
+
+    # ---- rows
+
+    def text_of(self, row: Row) -> str:
+        """The words, with spaces between them."""
+        return " ".join(map(str, row[self.tokens]))
+
+    def classes(self, row: Row) -> tuple[str, ...]:
+        """The types of the entities, or the tags where there are none."""
+        tags = {str(tag) for tag in row[self.tags]}
+        return tuple(sorted(tags)) if self.scheme == PLAIN else tuple(types_of(tags, self.scheme))
+
+    def problems(self, row: Row) -> Iterator[Problem]:
+        """Lists that do not match, unknown tags, sequences that the scheme does not allow."""
+        words, tags = row.get(self.tokens), row.get(self.tags)
+        expected = "a list of words and a list of as many tags"
+        if not isinstance(words, list | tuple) or not isinstance(tags, list | tuple):
+            yield Problem("no_list", f"has no list in {self.tokens!r} or {self.tags!r}", expected)
+        elif not words:
+            yield Problem("empty_cell", "has no words", expected, "remove the row")
+        elif len(words) != len(tags):
+            yield Problem("tags_do_not_match", f"has {len(words)} words and {len(tags)} tags", expected)
+        elif unknown := [tag for tag in map(str, tags) if tag not in self.labels]:
+            yield Problem(
+                "unknown_label",
+                f"has the tag {unknown[0]!r}",
+                f"one of {', '.join(map(repr, self.labels))}",
+                "correct the row, or name all tags with --labels",
+            )
+        else:
+            yield from self._broken(tags)
+            yield from self._predicate_problems(row, len(words))
+
+    def _broken(self, tags: Sequence[Any]) -> Iterator[Problem]:
+        positions = [] if self.scheme == PLAIN else broken(list(map(str, tags)), self.scheme)
+        if positions:
+            first = positions[0]
+            before = str(tags[first - 1]) if first else "the beginning"
+            yield Problem(
+                "broken_sequence",
+                f"has {str(tags[first])!r} after {before!r} (word {first + 1}; {len(positions)} such words)",
+                f"a sequence that {self.scheme} allows",
+                "correct the tags, or name another scheme; it is trained on as it is",
+                severity="warning",
+            )
+
+    def _predicate_problems(self, row: Row, words: int) -> Iterator[Problem]:
+        if self.predicate is None:
+            return
+        number = row.get(self.predicate)
+        if not str(number).isdigit() or int(str(number)) >= words:
+            yield Problem(
+                "no_predicate",
+                f"has {number!r} in {self.predicate!r}",
+                f"the number of a word, from 0 to {words - 1}",
+                "correct the row",
+            )
+
+    # ---- features
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[Feature]:
+        """Windows of the sentences; the tag's index at the first sub-token of each word, IGNORED elsewhere."""
+        index = {label: number for number, label in enumerate(self.labels)}
+        features = []
+        for number, row in enumerate(rows):
+            words = [str(word) for word in row[self.tokens]]
+            tags = [index.get(str(tag), IGNORED) for tag in row.get(self.tags) or [None] * len(words)]
+            front = None if self.predicate is None else words[int(row[self.predicate])]
+            for feature, places in windows_of_words(words, tokenizer, self.max_length, front):
+                labels = [IGNORED if word is None else tags[word] for word in places]
+                features.append({**feature, "labels": labels, "_words": places, "_row": number, "_tags": tags})
+        return features
+
+    def collate(self, features: Sequence[Feature], tokenizer: Any) -> dict[str, Tensor]:
+        """Padded on the right, whatever the tokenizer does: labels stay beside their tokens."""
+        return pad_features(features, tokenizer.pad_token_id)
+
+    # ---- loss and scores
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The formula above, in fp32."""
+        total = cross_entropy(outputs.logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum")
+        return self.mean(total, labels, num_items_in_batch)
+
+    def outcomes(self, outputs: Any, labels: Tensor) -> Tensor:
+        """(batch, 1 + max_length): summed negative log-likelihood, then the predicted tag of each token."""
+        logits = outputs.logits.float()
+        losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
+        predicted = logits.argmax(-1)[:, : self.max_length].float()
+        wide = torch.nn.functional.pad(predicted, (0, self.max_length - predicted.shape[1]))
+        return torch.cat([losses[:, None], wide], dim=1)
+
+    def by_row(self, outcomes: Array, features: Sequence[Feature], tokenizer: Any) -> Array:
+        """(rows, 3 + 3 types): likelihood, right words, words; entities right, predicted, true of each type.
+
+        A word that no window reached counts as predicted without a tag.
+        """
+        outside = self.labels.index("O") if "O" in self.labels else 0
+        rows: dict[int, list[Any]] = {}
+        for (likelihood, *predicted), feature in zip(outcomes.tolist(), features, strict=True):
+            row = rows.setdefault(feature["_row"], [0.0, [outside] * len(feature["_tags"]), feature["_tags"]])
+            row[0] += likelihood
+            for place, word in enumerate(feature["_words"]):
+                if word is not None:
+                    row[1][word] = int(predicted[place])
+        return np.array([self._outcome(*rows[number]) for number in sorted(rows)])
+
+    def _outcome(self, likelihood: float, predicted: list[int], truth: list[int]) -> Array:
+        right = sum(one == other for one, other in zip(predicted, truth, strict=True))
+        sums = [likelihood, right, len(truth)]
+        if self.scheme == PLAIN:
+            return np.array(sums)
+        names = [[self.labels[tag] for tag in tags] for tags in (truth, predicted)]
+        return np.concatenate([sums, counts(names[0], names[1], self.types, self.scheme)])
+
+    @cached_property
+    def types(self) -> list[str]:
+        """The entity types."""
+        return types_of(self.labels, self.scheme)
+
+    def metrics(self, outcomes: Array) -> Metrics:
+        """Precision, recall and F1 over entities as seqeval defines them, per type too; accuracy over words."""
+        likelihood, right, words = outcomes[:, :SUMS].sum(axis=0)
+        found: Metrics = {"token_accuracy": float(right / words), "loss": float(likelihood / words)}
+        if self.scheme == PLAIN:
+            return found
+        entities = outcomes[:, SUMS:]
+        return found | entity_scores(entities) | {"per_class": entity_per_type(entities, self.types)}
+
+    def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics:
+        """Always the most frequent tag of `train`."""
+        tags = [str(tag) for row in train for tag in row[self.tags]]
+        most = self.labels.index(max(set(tags), key=tags.count))
+        index = {label: number for number, label in enumerate(self.labels)}
+        truth = [[index[str(tag)] for tag in row[self.tags]] for row in rows]
+        likelihood = -np.log(max(1e-12, tags.count(self.labels[most]) / len(tags)))
+        return self.metrics(np.array([self._outcome(likelihood * len(t), [most] * len(t), t) for t in truth]))
+
+
+def require_scheme(scheme: str, known: Sequence[str]) -> None:
+    """Raise ConfigurationError for a scheme that is not there."""
+    if scheme not in known:
+        raise ConfigurationError(f"no scheme {scheme!r}", expected=f"one of {', '.join(known)}")

@@ -1,0 +1,165 @@
+"""From a configuration to a task and its rows: read, checked, split. Everything wrong with either is said here."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from lightsft.backbone import load_tokenizer, reads_both_ways
+from lightsft.config import TrainConfig
+from lightsft.data.reading import Row, read_rows
+from lightsft.data.splits import Splits, at_most, split_rows
+from lightsft.device import choose_device
+from lightsft.errors import ConfigurationError, DataError
+from lightsft.tasks import Task, options_of, require_options, task_class
+from lightsft.tasks.base import errors_of, require_none
+from lightsft.training.optimizers import require_usable
+
+SHORTHANDS = ("text", "text_pair", "label", "labels", "max_length", "chat_template")  # options of tasks with flags
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task and its rows, checked.
+
+    dropped: of each split, how many rows were left out by the code of what is wrong with them.
+    """
+
+    task: Task
+    splits: Splits
+    metric: str  # the score that picks checkpoints and winners
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    shots: int | None = None
+
+    def training_rows(self, seed: int) -> list[Row]:
+        """What a run with this seed trains on: all, or its own draw of a few per class."""
+        if self.shots is None:
+            return self.splits.train
+        from lightsft.data.few_shot import few_shot
+
+        return few_shot(self.splits.train, self.shots, self.task.classes, draw=seed, key=self.task.key)
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Check the settings, then read the data. Nothing heavy: every error about either comes from here."""
+    _require_known("scheduler", config.scheduler, SchedulerType)
+    _require_known("optimizer", config.optimizer, OptimizerNames)
+    require_usable(config.optimizer, config.optimizer_options, choose_device(config.device))
+    return read(config)
+
+
+def read(config: TrainConfig) -> Prepared:
+    """Read and check the data, find columns and labels, split."""
+    options = _options(config)
+    rows = read_rows(config.data, encoding=config.encoding)
+    chosen = task_class(config.task.name).for_rows(rows, config.data, **options)
+    chosen = chosen.for_model(reads_both_ways(config.model))
+    metric = _metric(config, chosen)
+    tokenizer = load_tokenizer(config.model, config.task.name)
+    parts = {"train": (config.data, rows)} | {
+        name: (source, read_rows(source, encoding=config.encoding))
+        for name, source in (("validation", config.validation_data), ("test", config.test_data))
+        if source
+    }
+    kept, dropped = {}, {}
+    for name, (source, part) in parts.items():
+        kept[name], dropped[name] = usable(chosen, part, source, tokenizer, drop=config.drop_bad_rows)
+    splits = _splits(config, kept, chosen)
+    return Prepared(chosen, splits, metric, {name: found for name, found in dropped.items() if found}, config.shots)
+
+
+def usable(
+    chosen: Task, rows: Sequence[Row], source: str, tokenizer: Any, *, drop: bool
+) -> tuple[list[Row], dict[str, int]]:
+    """The rows that can be trained on, and how many are left out for what; without `drop` one of them is an error.
+
+    Raises DataError naming the first row that cannot be used, or if none is left.
+    """
+    if not drop:
+        chosen.check(rows, source)
+    bad = []
+    for number, row in enumerate(rows, 1):
+        found = errors_of(chosen.problems(row)) or errors_of(chosen.token_problems(row, tokenizer))
+        bad += [(number, problem) for problem in found[:1]]
+    if not drop:
+        require_none(bad, source)
+    left_out = {number for number, _ in bad}
+    kept = [row for number, row in enumerate(rows, 1) if number not in left_out]
+    if not kept:
+        raise DataError(f"{source}: none of the {len(rows)} rows can be used: row 1 {bad[0][1].found}")
+    return kept, dict(Counter(problem.code for _, problem in bad))
+
+
+def _options(config: TrainConfig) -> dict[str, Any]:
+    """Of the task: its own, and the flags that stand for one of them."""
+    name, options = config.task.name, dict(config.task.options)
+    known = options_of(task_class(name))
+    for flag in SHORTHANDS:
+        value = getattr(config, flag)
+        if value is None:
+            continue
+        if flag not in known:
+            raise ConfigurationError(
+                f"the task {name} does not use {flag}={value!r}", expected=f"options among {', '.join(known)}"
+            )
+        options[flag] = _template(Path(value)) if flag == "chat_template" else value
+    require_options(name, options)
+    return options
+
+
+def _require_known(name: str, value: str, choices: Iterable[Any]) -> None:
+    known = [str(choice.value) for choice in choices]
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        raise ConfigurationError(
+            f"no {name} named {value!r}",
+            expected=f"one of {', '.join(known)}",
+            todo=f"did you mean {near[0]!r}?" if near else "",
+        )
+
+
+def _metric(config: TrainConfig, chosen: Task) -> str:
+    metric = config.metric or chosen.metric
+    if metric not in chosen.metric_names:
+        raise ConfigurationError(
+            f"{chosen.name} has no metric {metric!r}", expected=f"one of {', '.join(chosen.metric_names)}"
+        )
+    return metric
+
+
+def _template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"cannot read the chat template {path}: {error}",
+            expected="a file with a Jinja template in UTF-8",
+            todo="check the path",
+        ) from error
+
+
+def _splits(config: TrainConfig, given: dict[str, list[Row]], chosen: Task) -> Splits:
+    """Files of their own for validation and test are taken as they are; what is not given is split off."""
+    shares = {
+        "validation": 0.0 if "validation" in given else config.validation_share,
+        "test": 0.0 if "test" in given else config.test_share,
+    }
+    parts = (
+        given
+        if len(given) == 3
+        else split_rows(given["train"], chosen.key, **shares).named()
+        | {name: part for name, part in given.items() if name != "train"}
+    )
+    limits = {
+        "train": config.max_train_examples,
+        "validation": config.max_validation_examples,
+        "test": config.max_test_examples,
+    }
+    return Splits(**{name: at_most(part, limits[name], chosen.key) for name, part in parts.items()})
