@@ -49,7 +49,7 @@ class StrategySpec(BaseModel):
             return cls._from_mapping(text)
         if not isinstance(text, str):
             return cls._from_object(text)
-        name, options = _called(text, "a strategy", "lora(rank=16, alpha=32)")
+        name, options = _called(text, "the strategy", "lora(rank=16, alpha=32)")
         return cls._from_mapping({"name": name, "label": re.sub(r"\s+", "", text), **options})
 
     @property
@@ -116,7 +116,7 @@ def _called(text: str, what: str, example: str = "seq2seq(num_beams=4)") -> tupl
     match = re.fullmatch(r"\s*([\w./-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if match is None:
         raise ConfigurationError(
-            f"cannot read {text!r} as {what}", expected=f"a name, or a name with options: {example}"
+            f"cannot read {what} {text!r}", expected=f"a name, or a name with options: {example}"
         )
     return match[1], dict(_option(part, text) for part in split_list(match[2] or ""))
 
@@ -198,7 +198,7 @@ class TaskSpec(BaseModel):
         if isinstance(text, TaskSpec):
             return text
         if isinstance(text, str):
-            name, options = _called(text, "a task")
+            name, options = _called(text, "the task")
             return cls(name=name, options=options)
         if isinstance(text, Mapping) and "name" in text:
             options = {**text.get("options", {}), **{k: v for k, v in text.items() if k not in ("name", "options")}}

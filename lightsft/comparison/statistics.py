@@ -21,7 +21,7 @@ def interval(task: Task, outcomes: Sequence[np.ndarray[Any, Any]], metric: str) 
     """
 
     def score(indices: np.ndarray[Any, Any]) -> float:
-        return float(np.mean([task.metrics(rows[indices])[metric] for rows in outcomes]))
+        return float(np.mean([task.score(rows[indices], metric) for rows in outcomes]))
 
     examples = np.arange(len(outcomes[0]))
     result = stats.bootstrap(

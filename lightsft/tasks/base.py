@@ -49,7 +49,8 @@ class Task(ABC):
 
     @classmethod
     def found_columns(cls, rows: Sequence[Row], source: str, options: Mapping[str, Any]) -> dict[str, str]:
-        """Columns for the fields that `options` do not name."""
+        """Columns for the fields that `options` do not name; DataError for one that is named and not there."""
+        require_columns(rows, [options[name] for name in cls.columns if options.get(name) is not None], source)
         taken = {str(options[name]) for name in cls.columns if options.get(name) is not None}
         wanted = {name: kind for name, kind in cls.columns.items() if options.get(name) is None}
         return {name: found.column for name, found in guess(rows, wanted, taken=taken, source=source).items()}
@@ -157,8 +158,9 @@ class Task(ABC):
         """Every metric of these examples by name."""
 
     def score(self, outcomes: Array, metric: str) -> float:
-        """One metric; for the thousands of resamples of a bootstrap."""
-        return float(self.metrics(outcomes)[metric])
+        """One metric, not a number where it is undefined; for the thousands of resamples of a bootstrap."""
+        value = self.metrics(outcomes)[metric]
+        return float("nan") if value is None else float(value)
 
     def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics | None:
         """Metrics of the best constant answer, or None where there is no such thing."""

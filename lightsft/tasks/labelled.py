@@ -18,8 +18,14 @@ from lightsft.data.columns import ColumnKind
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row, require_columns
 from lightsft.errors import ConfigurationError, DataError
+from lightsft.metrics.classification import (
+    area_under_roc,
+    classification_scores,
+    confusion_matrix,
+    per_class_scores,
+    probability_scores,
+)
 from lightsft.tasks.base import Array, Metrics, Task
-from lightsft.tasks.metrics import classification_scores, confusion_matrix, per_class_scores
 from lightsft.tasks.texts import empty, filled
 
 MOST_LABELS = 1000
@@ -63,9 +69,10 @@ class Labelled(Task, ABC):
     @classmethod
     def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
         """Columns by name and content, labels as they occur, balanced weights by their counts."""
+        if options.get("label") in rows[0] and options.get("labels") is None:  # a wrong label column is said first
+            options["labels"] = labels_of(rows, options["label"], source)
         options = {**cls.found_columns(rows, source, options), **options}
         label = options["label"]
-        require_columns(rows, [label], source)
         if options.get("labels") is None:
             options["labels"] = labels_of(rows, label, source)
         if options.get("class_weights") == BALANCED:
@@ -127,16 +134,25 @@ class Labelled(Task, ABC):
         return torch.cat([outputs.logits.float().softmax(-1), labels[:, None].float()], dim=1)
 
     def metrics(self, outcomes: Array) -> Metrics:
-        """Accuracy, precision, recall, F1, loss, confusion matrix."""
-        probabilities, truth = outcomes[:, :-1], outcomes[:, -1].astype(int)
-        matrix = confusion_matrix(truth, probabilities.argmax(axis=1), len(self.labels))
-        likelihood = np.clip(probabilities[np.arange(len(truth)), truth], 1e-12, None)
+        """Scores of the labels and of the probabilities, the confusion matrix, and the scores of each class."""
+        probabilities, truth, matrix = self._read(outcomes)
         return {
             **classification_scores(matrix),
-            "loss": float(-np.log(likelihood).mean()),
+            **probability_scores(probabilities, truth),
             "confusion_matrix": matrix.tolist(),
             "per_class": per_class_scores(matrix, list(self.labels)),
         }
+
+    def score(self, outcomes: Array, metric: str) -> float:
+        """Of the probabilities only where one of their scores is asked for."""
+        probabilities, truth, matrix = self._read(outcomes)
+        found = classification_scores(matrix)
+        value = found[metric] if metric in found else probability_scores(probabilities, truth)[metric]
+        return float("nan") if value is None else float(value)
+
+    def _read(self, outcomes: Array) -> tuple[Array, Array, Array]:
+        probabilities, truth = outcomes[:, :-1], outcomes[:, -1].astype(int)
+        return probabilities, truth, confusion_matrix(truth, probabilities.argmax(axis=1), len(self.labels))
 
     def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics:
         """Always the most frequent label of `train`, with its label shares as probabilities."""

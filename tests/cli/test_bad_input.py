@@ -53,7 +53,7 @@ BAD_VALUES = {
     "an unreadable strategy": ({"strategy": "lora(rank=4"}, "cannot read the strategy 'lora(rank=4'", "lora(rank=16"),
     "an option without a value": ({"strategy": "lora(rank)"}, "cannot read 'rank'", "key=value"),
     "an unknown target": ({"strategy": "lora(targets=q_proj)"}, "'q_proj'", "query", "BertForSequenceClassification"),
-    "an unknown metric": ({"metric": "auroc"}, "no metric 'auroc'", "accuracy, macro_f1"),
+    "an unknown metric": ({"metric": "poetry"}, "no metric 'poetry'", "accuracy, macro_f1"),
     "an unknown scheduler": ({"scheduler": "spiral"}, "'spiral'", "linear", "cosine"),
     "an unknown optimizer": ({"optimizer": "sgdd"}, "'sgdd'", "adamw_torch", "'sgd'?"),
     "an unknown device": ({"device": "tpu"}, "'tpu'", "cpu"),
@@ -64,7 +64,7 @@ BAD_VALUES = {
     "an unknown encoding": ({"encoding": "utf-9"}, "utf-9", "latin-1"),
     "a negative number of epochs": ({"epochs": -1}, "epochs", "greater than 0", "'-1'"),
     "a batch size that is a word": ({"batch_size": "many"}, "batch_size", "integer", "'many'"),
-    "an unknown task": ({"task": "poetry"}, "task", "'classification' or 'chat'", "'poetry'"),
+    "an unknown task": ({"task": "poetry"}, "no task named 'poetry'", "classification, multi-label", "chat"),
     "a chat template that does not exist": ({"task": "chat", "chat_template": "no.jinja"}, "no.jinja"),
     "labelled rows for a chat": ({"task": "chat"}, "no conversation in the columns 'text', 'label'", "messages"),
 }

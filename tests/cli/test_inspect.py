@@ -130,7 +130,7 @@ REFUSED = {
     "an option without a strategy": (["FOLDER", "--set", "rank=3"], "--set without a strategy", "--strategy lora"),
     "a family without a member": (["FOLDER", "--strategy", "peft"], "'peft' is a family", "peft/NAME"),
     "a strategy that does not fit": (["FOLDER", "--strategy", "bitfit"], "no bias in", "use norm"),
-    "an unknown task": (["FOLDER", "--task", "poetry"], "no task named 'poetry'", "classification, chat"),
+    "an unknown task": (["FOLDER", "--task", "poetry"], "no task named 'poetry'", "classification, multi-label"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Scores as pure functions of outcomes per example: arrays (examples, width) whose rows may be resampled."""
