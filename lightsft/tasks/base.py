@@ -17,7 +17,7 @@ from lightsft.data.batching import IGNORED, pad_features
 from lightsft.data.columns import ColumnKind, guess
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row, require_columns
-from lightsft.errors import DataError
+from lightsft.errors import ConfigurationError, DataError
 
 Metrics = dict[str, Any]
 Array = np.ndarray[Any, Any]
@@ -68,6 +68,13 @@ class Task(ABC):
         """Whether more of this score is better."""
         return metric not in self.lower_is_better
 
+    def require_metric(self, metric: str) -> None:
+        """Raise ConfigurationError unless this score may decide."""
+        if metric not in self.metric_names:
+            raise ConfigurationError(
+                f"{self.name} has no metric {metric!r}", expected=f"one of {', '.join(self.metric_names)}"
+            )
+
     # ---- rows
 
     @abstractmethod
@@ -114,14 +121,18 @@ class Task(ABC):
         """A batch, padded on the tokenizer's side."""
         return pad_features(features, tokenizer.pad_token_id, left=tokenizer.padding_side == "left")
 
+    def collate_training(self, features: Sequence[Feature], tokenizer: Any, draw: int) -> dict[str, Tensor]:
+        """A batch to train on; `draw` differs between seeds and epochs, for tasks that leave something to chance."""
+        return self.collate(features, tokenizer)
+
     def length(self, feature: Feature) -> int:
         """What a feature costs: its tokens."""
         return len(feature["input_ids"])
 
     # ---- the model
 
-    def forward(self, model: Any, inputs: Mapping[str, Tensor]) -> Any:
-        """What the model says of a batch without its labels."""
+    def forward(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Any:
+        """What the model says of a batch. A decoder is fed the labels; nothing else looks at them."""
         return model(**inputs)
 
     def items(self, labels: Tensor) -> Tensor:
@@ -198,3 +209,11 @@ def require_none(bad: Sequence[tuple[int, Problem]], source: str) -> None:
         expected=problem.expected,
         todo=f"{problem.todo or 'correct the row'}, or leave such rows out with --drop-bad-rows",
     )
+
+
+def sums_by_row(outcomes: Array, features: Sequence[Feature]) -> Array:
+    """(rows, width): the outcomes of a row's features added up, in the order of the rows."""
+    rows = np.array([feature["_row"] for feature in features])
+    sums = np.zeros((rows.max() + 1, outcomes.shape[1]))
+    np.add.at(sums, rows, outcomes)
+    return sums

@@ -14,7 +14,7 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.tasks.base import Feature
-from lightsft.tasks.language import TEXT_METRICS, LanguageTask
+from lightsft.tasks.writing import WritingTask
 
 Message = dict[str, str]
 # Pairs of columns that hold a question and its answer, in the order in which they are looked for.
@@ -23,7 +23,7 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(LanguageTask):
+class Chat(WritingTask):
     """Next-token cross-entropy on what the assistant says; the score is the loss per token.
 
     Rows hold `messages` (role, content), `conversations` (from, value), or a pair of columns: prompt and completion,
@@ -38,7 +38,6 @@ class Chat(LanguageTask):
     loss_on: Literal["assistant", "all"] = "assistant"
 
     name: ClassVar[str] = "chat"
-    metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", *TEXT_METRICS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,6 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row, require_columns
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.metrics.classification import (
-    area_under_roc,
     classification_scores,
     confusion_matrix,
     per_class_scores,
@@ -50,8 +49,10 @@ class Labelled(Task, ABC):
 
     metric: ClassVar[str] = "accuracy"
     metric_names: ClassVar[tuple[str, ...]] = (
-        "accuracy", "macro_f1", "macro_precision", "macro_recall", "micro_f1", "loss",
+        "accuracy", "macro_f1", "macro_precision", "macro_recall", "micro_f1", "mcc", "auroc", "average_precision",
+        "ece", "brier", "loss",
     )  # fmt: skip
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "brier", "ece"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))

@@ -46,7 +46,7 @@ def observed(task: Task, model: Any, batch: dict[str, Tensor], writer: Any = Non
     """(loss, outcomes) of a batch; `writer` is the model that generates, where `model` wraps it."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"]
-    outputs = task.forward(model, inputs)
+    outputs = task.forward(model, inputs, labels)
     outcomes = task.outcomes(outputs, labels)
     written = task.generations(writer or model, inputs, labels)
     return task.loss(outputs, labels), outcomes if written is None else torch.cat([outcomes, written.float()], dim=1)

@@ -127,10 +127,7 @@ def _require_known(name: str, value: str, choices: Iterable[Any]) -> None:
 
 def _metric(config: TrainConfig, chosen: Task) -> str:
     metric = config.metric or chosen.metric
-    if metric not in chosen.metric_names:
-        raise ConfigurationError(
-            f"{chosen.name} has no metric {metric!r}", expected=f"one of {', '.join(chosen.metric_names)}"
-        )
+    chosen.require_metric(metric)
     return metric
 
 

@@ -190,7 +190,7 @@ class Trainer(transformers.Trainer):
     ) -> Any:
         """The task's loss of what it has the model say."""
         labels = inputs.pop("labels")
-        outputs = self.task.forward(model, inputs)
+        outputs = self.task.forward(model, inputs, labels)
         loss = self.task.loss(outputs, labels, num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over them

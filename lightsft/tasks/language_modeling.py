@@ -1,0 +1,71 @@
+"""Language modeling on plain text: a causal language model goes on learning what a domain's texts look like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lightsft.data.columns import ColumnKind
+from lightsft.data.problems import Problem
+from lightsft.data.reading import Row
+from lightsft.tasks.base import Array, Feature, sums_by_row
+from lightsft.tasks.language import LanguageTask
+from lightsft.tasks.texts import TEXT, text_problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModeling(LanguageTask):
+    """Next-token cross-entropy on every token of plain texts, their end included; the score is the loss per token.
+
+    text: the column. max_length: in tokens; longer texts are read in windows of this length, so that nothing is cut.
+    """
+
+    text: str = "text"
+    max_length: int = 512
+
+    name: ClassVar[str] = "language-modeling"
+    columns: ClassVar[Mapping[str, ColumnKind]] = {"text": TEXT}
+
+    def text_of(self, row: Row) -> str:
+        """The text."""
+        return str(row[self.text])
+
+    def problems(self, row: Row) -> Iterator[Problem]:
+        """An empty text."""
+        yield from text_problems(row, [self.text])
+
+    def token_problems(self, row: Row, tokenizer: Any) -> Iterator[Problem]:
+        """A text of a single token: nothing follows it."""
+        if len(self._ids(row, tokenizer)) < 2:
+            yield Problem("too_short", "has a single token", "a text of at least two", "remove the row")
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[Feature]:
+        """Windows of the texts, each token a label."""
+        size = min(self.max_length, tokenizer.model_max_length)
+        features = []
+        for number, row in enumerate(rows):
+            ids = self._ids(row, tokenizer)
+            for start in range(0, len(ids), size):
+                part = ids[start : start + size]
+                if len(part) > 1 or start == 0:
+                    features.append(
+                        {"input_ids": part, "attention_mask": [1] * len(part), "labels": part, "_row": number}
+                    )
+        return features
+
+    def _ids(self, row: Row, tokenizer: Any) -> list[int]:
+        ids = list(tokenizer(str(row[self.text]), truncation=False)["input_ids"])
+        end = tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def by_row(self, outcomes: Array, features: Sequence[Feature], tokenizer: Any) -> Array:
+        """(rows, 3): the sums of each row's windows."""
+        return sums_by_row(outcomes, features)
+
+    def preview(self, row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
+        """The first token is given, the rest carries loss."""
+        ids = self.encode([row], tokenizer)[0]["input_ids"]
+        return [(tokenizer.decode(ids[:1]), False), (tokenizer.decode(ids[1:]), True)]
+
+
