@@ -115,9 +115,7 @@ def _called(text: str, what: str, example: str = "seq2seq(num_beams=4)") -> tupl
     """(name, options) of `name(option=value, ...)`."""
     match = re.fullmatch(r"\s*([\w./-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if match is None:
-        raise ConfigurationError(
-            f"cannot read {what} {text!r}", expected=f"a name, or a name with options: {example}"
-        )
+        raise ConfigurationError(f"cannot read {what} {text!r}", expected=f"a name, or a name with options: {example}")
     return match[1], dict(_option(part, text) for part in split_list(match[2] or ""))
 
 

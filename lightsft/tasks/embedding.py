@@ -75,7 +75,7 @@ class Embedding(Task):
         """Of ranks, or of similarities."""
         if self.loss_function == "cosine":
             return ("spearman", "pearson")
-        return ("mrr", "recall@1", "recall@5", "recall@10")
+        return ("mrr", "recall@1", "recall@5", "recall@10", "ndcg@10")
 
     def __post_init__(self) -> None:
         if self.loss_function not in LOSSES or self.pooling not in ("mean", "cls", "last") or self.temperature <= 0:
@@ -227,7 +227,7 @@ class Embedding(Task):
         return flat
 
     def by_row(self, outcomes: Array, features: Sequence[Feature], tokenizer: Any) -> Array:
-        """(rows, 1) ranks of the first right one among all of these rows, from 1; or (rows, 2) cosine and number."""
+        """(rows, k) ranks, from 1, of what is right among the texts of all rows; or (rows, 2) cosine and number."""
         texts = len(features[0]["input_ids"])
         vectors = outcomes.reshape(len(features), texts, -1)
         labels = np.array([feature["labels"] for feature in features])
@@ -241,4 +241,4 @@ class Embedding(Task):
         """Recall and mean reciprocal rank of the first right one, or correlations of the cosine."""
         if self.loss_function == "cosine":
             return {"spearman": spearman(*outcomes.T), "pearson": pearson(*outcomes.T)}
-        return dict(retrieval_scores(outcomes[:, 0]))
+        return dict(retrieval_scores(outcomes[~np.isnan(outcomes[:, 0])]))

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from lightsft.data.batching import IGNORED
 from lightsft.data.columns import ColumnKind
 from lightsft.data.problems import Problem
-from lightsft.data.reading import Row, require_columns
+from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.metrics.classification import (
     classification_scores,

@@ -67,5 +67,3 @@ class LanguageModeling(LanguageTask):
         """The first token is given, the rest carries loss."""
         ids = self.encode([row], tokenizer)[0]["input_ids"]
         return [(tokenizer.decode(ids[:1]), False), (tokenizer.decode(ids[1:]), True)]
-
-

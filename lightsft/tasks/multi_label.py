@@ -57,7 +57,9 @@ class MultiLabel(Task):
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise DataError(f"the labels are {', '.join(self.labels)}", expected="at least two different labels")
         weights = self.positive_weights
-        if isinstance(weights, str) or (weights is not None and (len(weights) != len(self.labels) or min(weights) <= 0)):
+        if isinstance(weights, str) or (
+            weights is not None and (len(weights) != len(self.labels) or min(weights) <= 0)
+        ):
             raise ConfigurationError(
                 f"positive_weights={weights!r}", expected=f"{len(self.labels)} positive numbers, one per class"
             )

@@ -118,9 +118,7 @@ class MultipleChoice(Task):
         features = []
         for row in rows:
             choices = self.choices_of(row)
-            encoded = tokenizer(
-                [str(row[self.question])] * len(choices), choices, truncation=True, max_length=limit
-            )
+            encoded = tokenizer([str(row[self.question])] * len(choices), choices, truncation=True, max_length=limit)
             features.append({**encoded, "labels": self.index(row)})
         return features
 

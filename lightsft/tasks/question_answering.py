@@ -106,7 +106,10 @@ class QuestionAnswering(Task):
                 )
         if not answers_of(row, self.answers) and not self.unanswerable:
             yield Problem(
-                "no_answer", "has no answer", "an answer in every row", 'take --task "question-answering(unanswerable=true)"'
+                "no_answer",
+                "has no answer",
+                "an answer in every row",
+                'take --task "question-answering(unanswerable=true)"',
             )
 
     # ---- features

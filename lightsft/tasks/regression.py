@@ -17,7 +17,7 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
 from lightsft.metrics.regression import regression_scores
 from lightsft.tasks.base import Array, Feature, Metrics, Task
-from lightsft.tasks.texts import PAIR, TEXT, encode_texts, filled, joined, text_problems
+from lightsft.tasks.texts import PAIR, TEXT, encode_texts, joined, text_problems
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,7 @@ def within(
     return begins, max(begins, ends)
 
 
-def best_spans(
-    start: Tensor, end: Tensor, first: Tensor, last: Tensor, longest: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def best_spans(start: Tensor, end: Tensor, first: Tensor, last: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
     """(score, begin, end) of the span with the highest start[i] + end[j], first <= i <= j <= last, j - i < longest.
 
     start, end: (batch, tokens) in fp32. Only diagonals are added, (batch, tokens, longest) numbers.

@@ -72,7 +72,9 @@ class TokenClassification(Task):
         """Columns by name and content, tags as they occur, the scheme that they look like."""
         options = {**cls.found_columns(rows, source, options), **options}
         require_columns(rows, [options["tokens"], options["tags"]], source)
-        listed = [tuple(map(str, row[options["tags"]])) for row in rows if isinstance(row[options["tags"]], list | tuple)]
+        listed = [
+            tuple(map(str, row[options["tags"]])) for row in rows if isinstance(row[options["tags"]], list | tuple)
+        ]
         if not listed:
             raise DataError(
                 f"{source}: the column {options['tags']!r} holds no lists",
