@@ -53,7 +53,6 @@ class Embedding(Task):
     max_length: int = 128
 
     name: ClassVar[str] = "embedding"
-    lower_is_better: ClassVar[frozenset[str]] = frozenset({"median_rank"})
     columns: ClassVar[Mapping[str, ColumnKind]] = {
         "anchor": ColumnKind(("anchor", "query", "question", "sentence1", "text1", "premise"), "text", optional=True),
         "positive": ColumnKind(
@@ -127,7 +126,8 @@ class Embedding(Task):
 
     def classes(self, row: Row) -> tuple[str, ...]:
         """The label, of labelled texts."""
-        return (str(row[self.label]),) if self.loss_function == "labels" and filled(row, str(self.label)) else ()
+        column = str(self.label)
+        return (str(row[column]),) if self.loss_function == "labels" and filled(row, column) else ()
 
     def target_of(self, row: Row) -> str:
         """The label or the number."""

@@ -69,10 +69,8 @@ class ImageClassification(Labelled):
     def preview(self, row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
         """The image's name and size, and the label."""
         with _opened(row[self.image]) as image:
-            return [
-                (f"{content_of(row[self.image])} {image.size[0]} x {image.size[1]}", False),
-                (self.target_of(row), True),
-            ]
+            shown = f"{content_of(row[self.image])} {image.size[0]} x {image.size[1]}"
+        return [(shown, False), (self.target_of(row), True)]
 
 
 def content_of(cell: Any) -> str:

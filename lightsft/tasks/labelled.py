@@ -58,9 +58,9 @@ class Labelled(Task, ABC):
         object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise DataError(f"the labels are {', '.join(self.labels)}", expected="at least two different labels")
-        if isinstance(self.class_weights, list | tuple):
-            object.__setattr__(self, "class_weights", tuple(float(weight) for weight in self.class_weights))
-        _require_weights(self.class_weights, len(self.labels))
+        require_weights("class_weights", self.class_weights, len(self.labels))
+        if self.class_weights is not None:
+            object.__setattr__(self, "class_weights", tuple(map(float, self.class_weights)))
         if self.focal_gamma < 0 or not 0 <= self.label_smoothing < 1 or (self.focal_gamma and self.label_smoothing):
             raise ConfigurationError(
                 f"focal_gamma={self.focal_gamma} and label_smoothing={self.label_smoothing}",
@@ -201,14 +201,13 @@ def balanced(rows: Sequence[Row], column: str, labels: Sequence[str]) -> tuple[f
     return tuple(known / (len(labels) * counts[label]) for label in labels)
 
 
-def _require_weights(weights: Any, classes: int) -> None:
+def require_weights(name: str, weights: Any, classes: int) -> None:
+    """Raise ConfigurationError unless these are positive numbers, one per class, or None."""
     if weights is None:
         return
-    if weights == BALANCED:
+    if isinstance(weights, str):
         raise ConfigurationError(
-            'class_weights="balanced" without rows to count', expected="Classification.for_rows(rows, ...), or numbers"
+            f"{name}={weights!r} without rows to count", expected="the task's for_rows(rows, ...), or numbers"
         )
     if len(weights) != classes or min(weights) <= 0:
-        raise ConfigurationError(
-            f"class_weights={list(weights)}", expected=f'{classes} positive numbers, one per class, or "balanced"'
-        )
+        raise ConfigurationError(f"{name}={list(weights)}", expected=f"{classes} positive numbers, one per class")

@@ -14,10 +14,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from lightsft.data.columns import ColumnKind
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row, require_columns
-from lightsft.errors import ConfigurationError, DataError
+from lightsft.errors import DataError
 from lightsft.metrics.multilabel import multilabel_per_class, multilabel_scores
 from lightsft.tasks.base import Array, Feature, Metrics, Task
-from lightsft.tasks.labelled import MOST_LABELS, in_order
+from lightsft.tasks.labelled import MOST_LABELS, in_order, require_weights
 from lightsft.tasks.texts import PAIR, TEXT, encode_texts, joined, text_problems
 
 
@@ -56,15 +56,9 @@ class MultiLabel(Task):
         object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise DataError(f"the labels are {', '.join(self.labels)}", expected="at least two different labels")
-        weights = self.positive_weights
-        if isinstance(weights, str) or (
-            weights is not None and (len(weights) != len(self.labels) or min(weights) <= 0)
-        ):
-            raise ConfigurationError(
-                f"positive_weights={weights!r}", expected=f"{len(self.labels)} positive numbers, one per class"
-            )
-        if weights is not None:
-            object.__setattr__(self, "positive_weights", tuple(float(weight) for weight in weights))
+        require_weights("positive_weights", self.positive_weights, len(self.labels))
+        if self.positive_weights is not None:
+            object.__setattr__(self, "positive_weights", tuple(map(float, self.positive_weights)))
 
     @classmethod
     def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:

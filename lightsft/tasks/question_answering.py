@@ -105,12 +105,8 @@ class QuestionAnswering(Task):
                     "correct answer_start",
                 )
         if not answers_of(row, self.answers) and not self.unanswerable:
-            yield Problem(
-                "no_answer",
-                "has no answer",
-                "an answer in every row",
-                'take --task "question-answering(unanswerable=true)"',
-            )
+            todo = 'take --task "question-answering(unanswerable=true)"'
+            yield Problem("no_answer", "has no answer", "an answer in every row", todo)
 
     # ---- features
 
@@ -233,7 +229,11 @@ def allowed(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Start and end logits in fp32, -inf outside the context and the first token."""
     places = torch.arange(outputs.start_logits.shape[1], device=labels.device)
     inside = (places >= labels[:, 2:3]) & (places <= labels[:, 3:4]) | (places == 0)
-    return tuple(x.float().masked_fill(~inside, -torch.inf) for x in (outputs.start_logits, outputs.end_logits))  # type: ignore[return-value]
+    return _masked(outputs.start_logits, inside), _masked(outputs.end_logits, inside)
+
+
+def _masked(logits: Tensor, inside: Tensor) -> Tensor:
+    return logits.float().masked_fill(~inside, -torch.inf)
 
 
 def span_text(feature: Feature, first: int, last: int) -> str:

@@ -30,7 +30,8 @@ def ranks_of_pairs(vectors: Array, texts: Sequence[Sequence[str]]) -> Array:
     vectors: (rows, texts, width). Rows with the same first text share what belongs to it; equal texts count as one.
     """
     places: dict[str, int] = {}
-    documents, belongs = [], {}
+    documents: list[Array] = []
+    belongs: dict[str, list[int]] = {}
     for row, (first, right, *wrong) in zip(vectors, texts, strict=True):
         for vector, text in zip(row[1:], (right, *wrong), strict=True):
             if text not in places:

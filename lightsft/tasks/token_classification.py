@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lightsft.data.batching import IGNORED
+from lightsft.data.batching import IGNORED, pad_features
 from lightsft.data.columns import ColumnKind
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row, require_columns
-from lightsft.errors import ConfigurationError, DataError
+from lightsft.errors import DataError
 from lightsft.metrics.entities import broken, counts, entity_per_type, entity_scores, scheme_of, types_of
-from lightsft.tasks.base import Array, Feature, Metrics, Task, pad_features
+from lightsft.tasks.base import Array, Feature, Metrics, Task
 from lightsft.tasks.labelled import in_order
 from lightsft.tasks.windows import windows_of_words
 
@@ -72,9 +72,8 @@ class TokenClassification(Task):
         """Columns by name and content, tags as they occur, the scheme that they look like."""
         options = {**cls.found_columns(rows, source, options), **options}
         require_columns(rows, [options["tokens"], options["tags"]], source)
-        listed = [
-            tuple(map(str, row[options["tags"]])) for row in rows if isinstance(row[options["tags"]], list | tuple)
-        ]
+        cells = [row[options["tags"]] for row in rows]
+        listed = [tuple(map(str, cell)) for cell in cells if isinstance(cell, list | tuple)]
         if not listed:
             raise DataError(
                 f"{source}: the column {options['tags']!r} holds no lists",
@@ -223,9 +222,3 @@ class TokenClassification(Task):
         truth = [[index[str(tag)] for tag in row[self.tags]] for row in rows]
         likelihood = -np.log(max(1e-12, tags.count(self.labels[most]) / len(tags)))
         return self.metrics(np.array([self._outcome(likelihood * len(t), [most] * len(t), t) for t in truth]))
-
-
-def require_scheme(scheme: str, known: Sequence[str]) -> None:
-    """Raise ConfigurationError for a scheme that is not there."""
-    if scheme not in known:
-        raise ConfigurationError(f"no scheme {scheme!r}", expected=f"one of {', '.join(known)}")
