@@ -83,6 +83,10 @@ class PromptReader(Part):
         self.columns: int | None = None  # of the prompt that is generated from, padding included
         self.labels: Tensor | None = None  # of the coming forward pass, where they are not among its arguments
 
+    def announce(self, batch: Mapping[str, Any]) -> None:
+        """Keep the labels of the coming forward pass: a trainer computes its loss outside of the model."""
+        self.labels = batch.get("labels")
+
     # ---- what a block asks
 
     def prompt(self, served: nn.Module, inputs: Tensor, batch: int, length: int) -> Tensor | None:
@@ -236,7 +240,7 @@ class PlacedPromptReader(PlacedShared):
 
     def announce(self, batch: Mapping[str, Any]) -> None:
         """What the coming forward pass is about, labels included, for those that take them out of its arguments."""
-        self.reader.labels = batch.get("labels")
+        self.reader.announce(batch)
 
     @property
     def reader(self) -> PromptReader:

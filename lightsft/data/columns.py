@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from lightsft.data.column_contents import FITS, Kind, Values, by_content, filled
 from lightsft.data.parts import Row
 from lightsft.errors import DataError
 
+FLAGS = ("text", "text_pair", "label")  # the roles with flags of their own
 SAMPLED = 1000  # rows, evenly spaced: files are often sorted by label
 PAIRS = (
     ("premise", "hypothesis"),
@@ -48,14 +49,16 @@ class Guess(dict[str, str]):
         return ", ".join(f"{role}: {column!r} (by its {self.why[role]})" for role, column in self.items())
 
 
-def guess(rows: Sequence[Row], wanted: Mapping[str, ColumnKind]) -> Guess:
+def guess(
+    rows: Sequence[Row], wanted: Mapping[str, ColumnKind], *, taken: Collection[str] = (), source: str = "the data"
+) -> Guess:
     """A column for every role, and for an optional one where its name is there.
 
     Names come first: a column with one of the names is taken if at least half of its values are of the kind. What is
     still open is told by content among the columns that are left. No column gets two roles.
     Raises DataError for what is not there or could be several columns, with an example of each and what to name.
     """
-    contents = _contents(rows)
+    contents = {name: values for name, values in _contents(rows).items() if name not in taken}
     found = _pairs_by_name(contents, wanted)
     for role, column_kind in wanted.items():
         if role not in found:
@@ -73,7 +76,7 @@ def guess(rows: Sequence[Row], wanted: Mapping[str, ColumnKind]) -> Guess:
         else:
             problems.append((role, candidates))
     if problems:
-        raise _unclear(problems, contents)
+        raise _unclear(problems, contents, source)
     return Guess({role: found[role] for role in wanted if role in found}, why)
 
 
@@ -122,18 +125,19 @@ def _plain(name: str) -> str:
     return name.strip().lower().replace("-", "_").replace(" ", "_")
 
 
-def _unclear(problems: Sequence[tuple[str, Sequence[str]]], contents: Mapping[str, Values]) -> DataError:
+def _unclear(problems: Sequence[tuple[str, Sequence[str]]], contents: Mapping[str, Values], source: str) -> DataError:
     said = [
         f"the {role.replace('_', ' ')} could be {' or '.join(map(repr, candidates))}"
         if candidates
         else f"no column looks like the {role.replace('_', ' ')}"
         for role, candidates in problems
     ]
-    options = [f"--{role.replace('_', '-')} COLUMN" for role, _ in problems]
+    options = [f"--{role.replace('_', '-')} COLUMN" if role in FLAGS else f"{role}=COLUMN" for role, _ in problems]
+    how = " ".join(options) + ("" if all(role in FLAGS for role, _ in problems) else " among the task's options")
     return DataError(
-        "; ".join(said),
+        f"{source}: " + "; ".join(said),
         expected=f"one of its columns: {', '.join(f'{name!r} ({_example(contents[name])})' for name in contents)}",
-        todo=f"name {'it' if len(options) == 1 else 'them'} with {' '.join(options)}",
+        todo=f"name {'it' if len(options) == 1 else 'them'} with {how}",
     )
 
 

@@ -53,7 +53,7 @@ class Task(ABC):
         require_columns(rows, [options[name] for name in cls.columns if options.get(name) is not None], source)
         taken = {str(options[name]) for name in cls.columns if options.get(name) is not None}
         wanted = {name: kind for name, kind in cls.columns.items() if options.get(name) is None}
-        return {name: found.column for name, found in guess(rows, wanted, taken=taken, source=source).items()}
+        return dict(guess(rows, wanted, taken=taken, source=source))
 
     def for_model(self, reads_both_ways: bool) -> Self:
         """The task for a model with an encoder and a decoder, or for any other."""

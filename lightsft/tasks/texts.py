@@ -13,7 +13,9 @@ from lightsft.tasks.base import Feature
 TEXT = ColumnKind(
     ("text", "sentence", "sentence1", "premise", "question1", "text1", "text_a", "content", "review", "tweet"), "text"
 )
-PAIR = ColumnKind(("text_pair", "sentence2", "hypothesis", "question2", "text2", "text_b"), "text", optional=True)
+PAIR = ColumnKind(
+    ("text_pair", "sentence2", "hypothesis", "question2", "text2", "text_b"), "text", optional=True, second_of="text"
+)
 
 
 def joined(row: Row, columns: Sequence[str]) -> str:

@@ -46,7 +46,16 @@ def observed(task: Task, model: Any, batch: dict[str, Tensor], writer: Any = Non
     """(loss, outcomes) of a batch; `writer` is the model that generates, where `model` wraps it."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"]
+    announce(writer or model, batch)
     outputs = task.forward(model, inputs, labels)
     outcomes = task.outcomes(outputs, labels)
     written = task.generations(writer or model, inputs, labels)
     return task.loss(outputs, labels), outcomes if written is None else torch.cat([outcomes, written.float()], dim=1)
+
+
+def announce(model: Any, batch: dict[str, Tensor]) -> None:
+    """Tell parts of the model that ask for it (`announce`) what the coming forward pass is about, labels included."""
+    for part in model.children():
+        told = getattr(part, "announce", None)
+        if told is not None:
+            told(batch)

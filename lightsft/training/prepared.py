@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from lightsft.backbone import load_tokenizer, reads_both_ways
 from lightsft.config import TrainConfig
-from lightsft.data.reading import Row, read_rows
+from lightsft.data.reading import Row, read_rows, read_splits
 from lightsft.data.splits import Splits, at_most, split_rows
 from lightsft.device import choose_device
 from lightsft.errors import ConfigurationError, DataError
@@ -57,22 +57,31 @@ def prepare(config: TrainConfig) -> Prepared:
 
 def read(config: TrainConfig) -> Prepared:
     """Read and check the data, find columns and labels, split."""
-    options = _options(config)
-    rows = read_rows(config.data, encoding=config.encoding)
-    chosen = task_class(config.task.name).for_rows(rows, config.data, **options)
+    parts = read_parts(config)
+    source, rows = parts["train"]
+    chosen = task_class(config.task.name).for_rows(rows, source, **_options(config))
     chosen = chosen.for_model(reads_both_ways(config.model))
     metric = _metric(config, chosen)
     tokenizer = load_tokenizer(config.model, config.task.name)
-    parts = {"train": (config.data, rows)} | {
-        name: (source, read_rows(source, encoding=config.encoding))
-        for name, source in (("validation", config.validation_data), ("test", config.test_data))
-        if source
-    }
     kept, dropped = {}, {}
     for name, (source, part) in parts.items():
         kept[name], dropped[name] = usable(chosen, part, source, tokenizer, drop=config.drop_bad_rows)
     splits = _splits(config, kept, chosen)
     return Prepared(chosen, splits, metric, {name: found for name, found in dropped.items() if found}, config.shots)
+
+
+def read_parts(config: TrainConfig) -> dict[str, tuple[str, list[Row]]]:
+    """(where from, rows) of each split that is given: in files of their own, or by the data itself."""
+    found = read_splits(config.data, encoding=config.encoding)
+    own = {"validation": config.validation_data, "test": config.test_data}
+    if "train" not in found:
+        raise DataError(
+            f"{config.data} has no split to train on", expected=f"train; it has {', '.join(found)}", todo="name a file"
+        )
+    parts = {name: (config.data, rows) for name, rows in found.items() if name == "train" or name in own}
+    return parts | {
+        name: (file, read_rows(file, encoding=config.encoding)) for name, file in own.items() if file is not None
+    }
 
 
 def usable(
@@ -143,20 +152,30 @@ def _template(path: Path) -> str:
 
 
 def _splits(config: TrainConfig, given: dict[str, list[Row]], chosen: Task) -> Splits:
-    """Files of their own for validation and test are taken as they are; what is not given is split off."""
-    shares = {
-        "validation": 0.0 if "validation" in given else config.validation_share,
-        "test": 0.0 if "test" in given else config.test_share,
-    }
-    parts = (
-        given
-        if len(given) == 3
-        else split_rows(given["train"], chosen.key, **shares).named()
-        | {name: part for name, part in given.items() if name != "train"}
-    )
+    """Splits that the data has, or that have files of their own, are taken as they are; the others are split off."""
+    made = Splits(**given) if len(given) == 3 else _split_off(config, given, chosen)
     limits = {
         "train": config.max_train_examples,
         "validation": config.max_validation_examples,
         "test": config.max_test_examples,
     }
-    return Splits(**{name: at_most(part, limits[name], chosen.key) for name, part in parts.items()})
+    return Splits(**{name: at_most(part, limits[name], chosen.key) for name, part in made.named().items()})
+
+
+def _split_off(config: TrainConfig, given: dict[str, list[Row]], chosen: Task) -> Splits:
+    if config.split == "stratified" and not any(chosen.classes(row) for row in given["train"]):
+        raise ConfigurationError(
+            f"split=stratified, and the rows of {chosen.name} have no classes",
+            expected="a task with labels",
+            todo="leave --split out",
+        )
+    made = split_rows(
+        given["train"],
+        chosen.key,
+        validation=0.0 if "validation" in given else config.validation_share,
+        test=0.0 if "test" in given else config.test_share,
+        how=config.split,
+        group=config.group,
+        classes=lambda row: "\n".join(chosen.classes(row)) or None,
+    )
+    return Splits(**{**made.named(), **{name: part for name, part in given.items() if name != "train"}})

@@ -24,7 +24,7 @@ from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.injection import Injection
 from lightsft.tasks.base import Metrics, Task
-from lightsft.training.evaluate import observed
+from lightsft.training.evaluate import announce, observed
 from lightsft.training.optimizers import classes_in_state, forget_overrides, recipe
 
 
@@ -189,6 +189,7 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss of what it has the model say."""
+        announce(self.injection.model, inputs)
         labels = inputs.pop("labels")
         outputs = self.task.forward(model, inputs, labels)
         loss = self.task.loss(outputs, labels, num_items_in_batch)

@@ -152,7 +152,7 @@ def test_everything_that_is_unclear_is_said_at_once_with_an_example_of_each_colu
         del row["d"]
     with pytest.raises(DataError) as caught:
         guess(made, {"text": TEXT, "label": LABEL})
-    assert caught.value.found == "the text could be 'left' or 'right'; the label could be 'a' or 'b'"
+    assert caught.value.found == "the data: the text could be 'left' or 'right'; the label could be 'a' or 'b'"
     assert "'a' (0), 'b' ('x'), 'c' (nothing)" in caught.value.expected
     assert caught.value.todo == "name them with --text COLUMN --label COLUMN"
 
