@@ -130,5 +130,4 @@ def _of_classes(score: Ranking, probabilities: Array, truth: Array) -> float | N
     classes = probabilities.shape[1]
     first = 1 if classes == 2 else 0
     occurs = (truth[:, None] == np.arange(classes))[:, first:]
-    values = of_columns(score, probabilities[:, first:], occurs)
-    return mean_or_none(np.where(occurs.any(axis=0), values, np.nan))
+    return mean_or_none(of_columns(score, probabilities[:, first:], occurs))
