@@ -12,27 +12,15 @@ import argparse
 from pathlib import Path
 
 import transformers
-import yaml
 
 from lightsft import Backbone, Trainer, task
+from lightsft.data.shipped import dialogues
 from lightsft.data.splits import at_most, split_rows
 from lightsft.demo import package_file
 from lightsft.predict import Predictor
 from lightsft_adapters import LoRA
 
 QUESTIONS = ("What is your favorite book?", "Tell me a joke", "Are you a robot?", "What is a neural network?")
-
-
-def dialogues() -> list[dict[str, list[dict[str, str]]]]:
-    """The English dialogues of chatterbot-corpus as rows of messages, the user speaking first."""
-    rows = []
-    for file in sorted(package_file("chatterbot_corpus", "data", "english").glob("*.yml")):
-        for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-            spoken = [str(turn) for turn in turns][: len(turns) // 2 * 2]
-            roles = ("user", "assistant") * (len(spoken) // 2)
-            if spoken:
-                rows.append({"messages": [{"role": r, "content": c} for r, c in zip(roles, spoken, strict=True)]})
-    return rows
 
 
 def main(out: Path, examples: int, epochs: float) -> None:
