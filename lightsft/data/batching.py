@@ -45,6 +45,44 @@ class SimilarLengths(Sampler[int]):
         yield from last
 
 
+class TokenBudget(Sampler[list[int]]):
+    """Batches of rows of similar length whose padded size, rows times the longest, is at most `budget` tokens.
+
+    Rows are sorted by length, rows of the same length in an order that depends on (seed, epoch); the batches are then
+    shuffled. So the number of batches is the same in every epoch. A row longer than the budget is a batch by itself.
+    """
+
+    batch_size = None  # there is no such number; accelerate asks
+
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int) -> None:
+        self.lengths, self.budget, self.seed, self.epoch = list(lengths), budget, seed, 0
+        self.batches = len(self._batches(sorted(range(len(lengths)), key=self.lengths.__getitem__)))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=random).tolist()
+        batches = self._batches(sorted(order, key=self.lengths.__getitem__))
+        for number in torch.randperm(len(batches), generator=random).tolist():
+            yield batches[number]
+
+    def _batches(self, order: Sequence[int]) -> list[list[int]]:
+        """Sorted rows cut where the next one would exceed the budget."""
+        batches: list[list[int]] = []
+        for index in order:
+            padded = -(-self.lengths[index] // MULTIPLE) * MULTIPLE
+            if not batches or (len(batches[-1]) + 1) * padded > self.budget:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
     """(rows, longest length rounded up to MULTIPLE), filled with `value`."""
     longest = -(-max(len(row) for row in rows) // MULTIPLE) * MULTIPLE

@@ -42,6 +42,11 @@ class Task(ABC):
 
     # ---- settings
 
+    @property
+    def shifts(self) -> bool:
+        """Whether the logits of a token are for the next one."""
+        return False
+
     @classmethod
     def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
         """The task with what `options` leave open found in the rows: columns, and in subclasses labels."""
@@ -121,9 +126,13 @@ class Task(ABC):
         """A batch, padded on the tokenizer's side."""
         return pad_features(features, tokenizer.pad_token_id, left=tokenizer.padding_side == "left")
 
+    def drawn(self, feature: Feature, tokenizer: Any, draw: int) -> Feature:
+        """A feature to train on; `draw` differs between seeds and epochs, for tasks that leave something to chance."""
+        return feature
+
     def collate_training(self, features: Sequence[Feature], tokenizer: Any, draw: int) -> dict[str, Tensor]:
-        """A batch to train on; `draw` differs between seeds and epochs, for tasks that leave something to chance."""
-        return self.collate(features, tokenizer)
+        """A batch to train on."""
+        return self.collate([self.drawn(feature, tokenizer, draw) for feature in features], tokenizer)
 
     def length(self, feature: Feature) -> int:
         """What a feature costs: its tokens."""

@@ -84,15 +84,13 @@ class MaskedLM(LanguageTask):
                 features.append({**kept, "labels": kept["input_ids"], "_words": places, "_row": number})
         return features
 
-    def collate(self, features: Sequence[Feature], tokenizer: Any, draw: int = 0) -> dict[str, Tensor]:
+    def collate(self, features: Sequence[Feature], tokenizer: Any) -> dict[str, Tensor]:
+        """Padded; tokens that are not drawn yet are, the same ones every time."""
+        drawn = [feature if "_drawn" in feature else self.drawn(feature, tokenizer, 0) for feature in features]
+        return pad_features(drawn, tokenizer.pad_token_id)
+
+    def drawn(self, feature: Feature, tokenizer: Any, draw: int) -> Feature:
         """Chosen tokens are masked, replaced or left, and carry loss."""
-        return pad_features([self._masked(feature, tokenizer, draw) for feature in features], tokenizer.pad_token_id)
-
-    def collate_training(self, features: Sequence[Feature], tokenizer: Any, draw: int) -> dict[str, Tensor]:
-        """Other tokens in every epoch."""
-        return self.collate(features, tokenizer, draw)
-
-    def _masked(self, feature: Feature, tokenizer: Any, draw: int) -> Feature:
         ids = np.array(feature["input_ids"])
         random = np.random.default_rng(_seed(feature["input_ids"], draw))
         chosen = _chosen(feature["_words"], self.share, random)
@@ -101,7 +99,7 @@ class MaskedLM(LanguageTask):
         others = random.integers(0, len(tokenizer), len(ids))
         changed = np.where(chosen & (fate >= MASKED) & (fate < REPLACED), others, changed)
         labels = np.where(chosen, ids, IGNORED)
-        return {**feature, "input_ids": changed.tolist(), "labels": labels.tolist()}
+        return {**feature, "input_ids": changed.tolist(), "labels": labels.tolist(), "_drawn": draw}
 
     def by_row(self, outcomes: Array, features: Sequence[Feature], tokenizer: Any) -> Array:
         """(rows, 3): the sums of each row's windows."""
@@ -109,7 +107,7 @@ class MaskedLM(LanguageTask):
 
     def preview(self, row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
         """The text with its masks, and which tokens are to be found."""
-        feature = self._masked(self.encode([row], tokenizer)[0], tokenizer, 0)
+        feature = self.drawn(self.encode([row], tokenizer)[0], tokenizer, 0)
         tokens = zip(feature["input_ids"], feature["labels"], strict=True)
         runs = groupby(tokens, key=lambda pair: pair[1] != IGNORED)
         return [(tokenizer.decode([token for token, _ in run]), loss) for loss, run in runs]

@@ -115,4 +115,6 @@ def build_trainer(
         validation=prepared.splits.validation,
         args=args,
         callbacks=extra,
+        tokens_per_batch=config.tokens_per_batch,
+        packing=config.packing,
     )

@@ -16,16 +16,18 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lightsft import adapter_files, artifact
-from lightsft.data.batching import SimilarLengths
+from lightsft.data.batching import SimilarLengths, TokenBudget
+from lightsft.data.packing import pack
 from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.injection import Injection
 from lightsft.tasks.base import Metrics, Task
 from lightsft.training.evaluate import announce, observed
 from lightsft.training.optimizers import classes_in_state, forget_overrides, recipe
+from lightsft.training.packable import find_layout
 
 
 class Encoded(Dataset[dict[str, Any]]):
@@ -55,9 +57,10 @@ class Trainer(transformers.Trainer):
         trainer = Trainer(injection, task, train=rows, validation=rows, args=TrainingArguments("out"))
         trainer.train()
 
-    `train` and `validation` are rows as `lightsft.data.reading.read_rows` gives them, or a `datasets.Dataset`. The
-    learning rate of `args` holds unless `args` is None: then the strategy's own default does. Further keyword
-    arguments go to transformers.Trainer.
+    `train` and `validation` are rows as `lightsft.data.reading.read_rows` gives them, or a `datasets.Dataset`.
+    tokens_per_batch: padded tokens of a batch, instead of the batch size of `args`. packing: lay the sequences of a
+    batch side by side (`lightsft.data.packing`); refused where that is not exact. The learning rate of `args` holds
+    unless `args` is None: then the strategy's own default does. Further keyword arguments go to transformers.Trainer.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class Trainer(transformers.Trainer):
         train: Sequence[Row] | None = None,
         validation: Sequence[Row] | None = None,
         args: transformers.TrainingArguments | None = None,
+        tokens_per_batch: int | None = None,
+        packing: bool = False,
         **options: Any,
     ) -> None:
         self.injection, self.task = injection, task
@@ -78,6 +83,8 @@ class Trainer(transformers.Trainer):
                 expected="Backbone.load(...), or Backbone(model, tokenizer=tokenizer)",
             )
         self.half_precision = _autocast_dtype(injection)
+        self.tokens_per_batch = tokens_per_batch
+        self.layout = find_layout(injection, task) if packing else None
         args = args or transformers.TrainingArguments(
             "lightsft-output",
             learning_rate=getattr(injection.strategy, "learning_rate", 5e-5),
@@ -112,12 +119,53 @@ class Trainer(transformers.Trainer):
 
     # ---- batches and precision
 
+    def _get_dataloader(
+        self, dataset: Encoded, description: str, batch_size: int, *arguments: Any, is_training: bool = False, **o: Any
+    ) -> DataLoader[Any]:
+        """As transformers'; to train, with batches by tokens and the training collator."""
+        if not is_training:
+            plain: DataLoader[Any] = super()._get_dataloader(dataset, description, batch_size, *arguments, **o)
+            return plain
+        if self.tokens_per_batch is not None:
+            return self._by_tokens(dataset, self.tokens_per_batch)
+        before: Any = self.data_collator  # type: ignore[has-type]
+        self.data_collator = self._collate_training
+        try:
+            made: DataLoader[Any] = super()._get_dataloader(
+                dataset, description, batch_size, *arguments, is_training=True, **o
+            )
+        finally:
+            self.data_collator = before
+        return made
+
+    def _by_tokens(self, dataset: Encoded, budget: int) -> DataLoader[Any]:
+        loader = DataLoader(
+            dataset,
+            batch_sampler=TokenBudget(dataset.lengths(self.task), budget, self._data_seed),
+            collate_fn=self._collate_training,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def _collate_training(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The task's batch for this epoch, packed if that was asked for."""
+        draw = self._data_seed * 1_000_003 + int(self.state.epoch or 0)
+        if self.layout is None:
+            return self.task.collate_training(features, self.tokenizer, draw)
+        drawn = [self.task.drawn(feature, self.tokenizer, draw) for feature in features]
+        return pack(drawn, self.layout, self.tokenizer.pad_token_id or 0, shifts=self.task.shifts)
+
+    @property
+    def _data_seed(self) -> int:
+        return int(self.args.data_seed if self.args.data_seed is not None else self.args.seed)
+
     def _get_train_sampler(self, train_dataset: Encoded | None = None) -> SimilarLengths | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         if not isinstance(dataset, Encoded):
             return None
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return SimilarLengths(dataset.lengths(self.task), self.args.train_batch_size, seed)
+        return SimilarLengths(dataset.lengths(self.task), self.args.train_batch_size, self._data_seed)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Autocast to the backbone's compute type where fp32 masters are trained, in training and evaluation."""
