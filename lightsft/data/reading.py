@@ -43,7 +43,7 @@ def stream_rows(source: Source, *, split: str = "train", encoding: str = "utf-8"
     """The rows one at a time, each with its number or with what is wrong with it, in bounded memory.
 
     Bounded by a line in jsonl, a record in csv (an open quote is given up after 64 Mi characters), a sentence in CoNLL,
-    1,024 rows of a row group or record batch in parquet and arrow. A .json document is held whole.
+    a row group of parquet at most, a record batch of arrow. A .json document is held whole.
     Raises DataError for what cannot be read at all: a missing, empty or unknown file, one in another encoding from its
     first byte, a header with a name twice.
     """

@@ -12,6 +12,7 @@ from lightsft.data.parts import WHOLE, Numbered, Part, Parts
 from lightsft.errors import DataError, first_line
 
 ROWS = 1024  # at a time
+BUFFER_BYTES = 2**20  # of each column of a parquet file
 
 
 def parquet_parts(path: Path, encoding: str) -> Parts:
@@ -38,9 +39,10 @@ def _parquet_batches(path: Path) -> Iterator[tuple[list[dict[str, Any]], float]]
     """Rows, and the share of the file that was read with them."""
     from pyarrow import parquet
 
-    with _whole(path, "a parquet file"), parquet.ParquetFile(path) as file:
+    # By default all of the file's row groups are read ahead and held.
+    with _whole(path, "a parquet file"), parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
         read = 0
-        for batch in file.iter_batches(batch_size=ROWS):
+        for batch in file.iter_batches(batch_size=ROWS, use_threads=False):
             read += batch.num_rows
             yield batch.to_pylist(), read / file.metadata.num_rows
 

@@ -1,11 +1,12 @@
 """Batches: every row once per epoch, of similar length, in an order that (seed, epoch) alone decides."""
 
+import itertools
 import random
 
 import pytest
 import torch
 
-from lightsft.data.batching import IGNORED, SimilarLengths, pad, pad_features
+from lightsft.data.batching import IGNORED, SimilarLengths, TokenBudget, pad, pad_features
 
 LENGTHS = random.Random(0).choices(range(1, 61), k=997)
 
@@ -94,3 +95,27 @@ def test_each_feature_is_padded_with_what_means_nothing():
 def test_a_label_per_row_is_not_padded():
     batch = pad_features([{"input_ids": [1], "labels": 0}, {"input_ids": [1, 2], "labels": 2}], 0)
     assert batch["labels"].tolist() == [0, 2]
+
+
+# ---- batches by tokens
+
+
+@pytest.mark.parametrize("budget", [64, 200, 1000])
+def test_batches_by_tokens_stay_within_the_budget_and_hold_every_row_once(budget):
+    lengths = torch.randint(1, 60, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = list(TokenBudget(lengths, budget, seed=0))
+    assert sorted(index for batch in batches for index in batch) == list(range(300))
+    for batch in batches:
+        padded = -(-max(lengths[index] for index in batch) // 8) * 8
+        assert len(batch) * padded <= budget or len(batch) == 1
+
+
+def test_batches_by_tokens_are_as_many_in_every_epoch_and_in_another_order():
+    lengths = torch.randint(1, 60, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler, seen = TokenBudget(lengths, 200, seed=0), []
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        seen.append(list(sampler))
+    assert {len(batches) for batches in seen} == {len(sampler)}
+    assert all(one != other for one, other in itertools.pairwise(seen))
+    assert list(sampler) == seen[-1]

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import random
 import tracemalloc
 
+import pyarrow
 import pytest
+from pyarrow import ipc, parquet
 
 from lightsft.data import separated
 from lightsft.data.reading import read_rows, size_bytes, stream_rows
@@ -148,3 +151,17 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
         tracemalloc.stop()
     assert rows == 8_000
     assert peak_bytes < 300_000
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_is_not_read_ahead(tmp_path, kind):
+    path = tmp_path / f"rows.{kind}"
+    table = pyarrow.table({"text": [random.Random(0).randbytes(500).hex() + str(number) for number in range(1000)]})
+    maker = parquet.ParquetWriter if kind == "parquet" else ipc.new_file
+    with maker(path, table.schema) as writer:
+        for _ in range(20):
+            writer.write_table(table)  # 1 MB, a row group or batch of its own
+    before = pyarrow.total_allocated_bytes()
+    held_bytes = [pyarrow.total_allocated_bytes() - before for _ in stream_rows(path)]
+    assert len(held_bytes) == 20_000
+    assert max(held_bytes) < 4_000_000
