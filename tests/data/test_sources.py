@@ -107,9 +107,10 @@ class TestJsonDocuments:
             json.loads((tmp_path / "rows.json").read_text())
 
     def test_the_element_with_broken_bytes_is_the_problem(self, tmp_path):
-        (tmp_path / "rows.json").write_bytes(b'[{"a": "x"},\n {"a":\n "\xff"},\n {"a": "y"}]')
+        (tmp_path / "rows.json").write_bytes(b'[{"a": "x"},\n {"a":\n "\xff"},\n {"a": "y"}, 7]')
         found = list(stream_rows(tmp_path / "rows.json"))
-        assert [one.row for one in found] == [{"a": "x"}, None, {"a": "y"}]
+        assert [one.row for one in found] == [{"a": "x"}, None, {"a": "y"}, None]
+        assert found[3].problem.code == "not_an_object"
         assert (found[1].problem.code, found[1].line) == ("broken_encoding", 2)
 
 

@@ -94,7 +94,7 @@ def test_a_csv_file_may_have_another_separator(tmp_path, separator):
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_wide_characters_are_read_across_blocks(tmp_path, monkeypatch, kind, encoding):
     monkeypatch.setattr("lightsft.data.text_lines.BLOCK", 64)
-    texts = [f"größe {number} ਊ Ċ" for number in range(50)]  # 0x0A0A and 0x010A hold the byte of a line feed
+    texts = [f"größe {number} ਊĀਊ" for number in range(50)]  # 0A0A 0100 0A0A: a line feed between two
     rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     path = tmp_path / f"rows.{kind}"
     path.write_bytes("\n".join(rows if kind == "jsonl" else ["text", *texts]).encode(encoding))
