@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lightsft import Backbone
-from lightsft.demo import package_file
+from lightsft.data.shipped import package_file
 from lightsft_adapters import LoRA
 
 LABELS = ("negative", "neutral", "positive")

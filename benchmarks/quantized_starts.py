@@ -20,8 +20,8 @@ import transformers
 
 from lightsft import Backbone, Injection, Trainer, task
 from lightsft.data.reading import read_rows
+from lightsft.data.shipped import package_file
 from lightsft.data.splits import split_rows
-from lightsft.demo import package_file
 from lightsft.quiet import quiet
 from lightsft.training.evaluate import score_model
 from lightsft_adapters import LoRA

