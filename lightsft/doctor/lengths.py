@@ -1,0 +1,178 @@
+"""How long the texts are: in tokens by the tokenizer that is used, without one in words and characters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lightsft.doctor.collect import Collector, Seen, Tally
+from lightsft.doctor.findings import Finding, percent, plural
+from lightsft.doctor.samples import excerpt
+
+BATCH_TEXTS, BATCH_BYTES = 1000, 2_000_000  # tokenized at once
+WARN_SHARE = 0.01  # of rows cut, or of tokens
+UNKNOWN_SHARE = 0.1  # of a row's tokens
+
+
+class Histogram:
+    """Counts of lengths, exact up to 999, then to three figures: a few thousand entries whatever the data."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+        self.total = 0
+
+    def add(self, length: int) -> None:
+        """Count one length."""
+        self.total += length
+        step = 10 ** max(0, len(str(length)) - 3)
+        self._counts[length // step * step] += 1
+
+    def figures(self) -> dict[str, Any]:
+        """p50, p95, max, total; `histogram` counts lengths up to each power of two."""
+        lengths = np.array(sorted(self._counts))
+        if not len(lengths):
+            return {}
+        reached = np.cumsum([self._counts[int(length)] for length in lengths])
+        p50, p95 = (int(lengths[np.searchsorted(reached, share * reached[-1])]) for share in (0.5, 0.95))
+        bins: Counter[int] = Counter()
+        for length, count in self._counts.items():
+            bins[1 << max(0, length - 1).bit_length()] += count
+        return {
+            "p50": p50,
+            "p95": p95,
+            "max": int(lengths[-1]),
+            "total": self.total,
+            "histogram": {f"<= {edge}": bins[edge] for edge in sorted(bins)},
+        }
+
+
+class TokenLengths(Collector):
+    """Texts are tokenized in batches; nothing but counts is kept of them.
+
+    A length counts the special tokens that the tokenizer puts around a text. Tokens beyond `max_length`, by default the
+    most that the tokenizer allows, are cut.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int | None) -> None:
+        self._tokenizer = tokenizer
+        allowed = int(tokenizer.model_max_length)
+        self._limit = min(max_length or allowed, allowed)
+        self._unknown_id = getattr(tokenizer, "unk_token_id", None)
+        self._pending: list[Seen] = []
+        self._bytes = 0
+        self._lengths = Histogram()
+        self._cut, self._unknown = Tally(), Tally()
+        self._tokens_cut = self._tokens_unknown = 0
+
+    def see(self, row: Seen) -> None:
+        """A text with half a surrogate pair is left out: no tokenizer takes it."""
+        if row.usable and not _has_surrogate(row):
+            self._pending.append(row)
+            self._bytes += len(row.data)
+            if len(self._pending) >= BATCH_TEXTS or self._bytes >= BATCH_BYTES:
+                self._tokenize()
+
+    def findings(self) -> Iterator[Finding]:
+        """Rows that are cut, and how much is lost; rows that the tokenizer cannot spell."""
+        self._tokenize()
+        rows = sum(self._lengths._counts.values())
+        if self._cut.count:
+            grave = self._cut.count > WARN_SHARE * rows or self._tokens_cut > WARN_SHARE * self._lengths.total
+            longest = self._lengths.figures()["max"]
+            yield self._cut.finding(
+                "over_long",
+                "warning" if grave else "note",
+                f"{plural(self._cut.count, 'row')} ({percent(self._cut.count, rows)}) longer than {self._limit:,} tokens, the "
+                f"longest {longest:,}: {plural(self._tokens_cut, 'token')} would be cut "
+                f"({percent(self._tokens_cut, self._lengths.total)} of all)",
+                action=f"cuts at {self._limit:,} tokens",
+                fix="raise --max-length as far as the model allows, or split the texts",
+            )
+        if self._unknown.count:
+            yield self._unknown.finding(
+                "unknown_tokens",
+                "warning",
+                f"{plural(self._unknown.count, 'row')} with over {percent(UNKNOWN_SHARE, 1)} unknown tokens "
+                f"({percent(self._tokens_unknown, self._lengths.total)} of all tokens are unknown)",
+                action="trains on the unknown token in their place",
+                fix="take a model whose tokenizer knows these characters",
+            )
+
+    def figures(self) -> dict[str, Any]:
+        """Lengths in tokens."""
+        return {"tokens": {**self._lengths.figures(), "limit": self._limit if self._limit < 10**9 else None}}
+
+    def _tokenize(self) -> None:
+        if not self._pending:
+            return
+        texts = [row.text for row in self._pending]
+        for row, ids in zip(self._pending, token_ids(self._tokenizer, texts), strict=True):
+            self._count(row, ids)
+        self._pending, self._bytes = [], 0
+
+    def _count(self, row: Seen, ids: Sequence[int]) -> None:
+        self._lengths.add(len(ids))
+        if len(ids) > self._limit:
+            self._tokens_cut += len(ids) - self._limit
+            self._cut.add(row.split, row.number, f"{len(ids):,} tokens: {excerpt(row.text)}")
+        if self._unknown_id is not None and (unknown := ids.count(self._unknown_id)):
+            self._tokens_unknown += unknown
+            if unknown > UNKNOWN_SHARE * len(ids):
+                self._unknown.add(row.split, row.number, excerpt(row.text))
+
+
+class WordLengths(Collector):
+    """Without a tokenizer: words (by spaces) and characters. A word is a token at least, so more words are cut too."""
+
+    def __init__(self, max_length: int | None) -> None:
+        self._limit = max_length
+        self._words, self._characters = Histogram(), Histogram()
+        self._cut = Tally()
+
+    def see(self, row: Seen) -> None:
+        """Count both."""
+        if not row.usable:
+            return
+        self._characters.add(len(row.text))
+        words = row.text.count(" ") + 1
+        if self._limit is not None and words > self._limit:
+            words = len(row.text.split())
+            if words > self._limit:
+                self._cut.add(row.split, row.number, f"{words:,} words: {excerpt(row.text)}")
+        self._words.add(words)
+
+    def findings(self) -> Iterator[Finding]:
+        """Rows with more words than there may be tokens."""
+        rows = sum(self._words._counts.values())
+        if self._cut.count:
+            yield self._cut.finding(
+                "over_long",
+                "warning" if self._cut.count > WARN_SHARE * rows else "note",
+                f"at least {plural(self._cut.count, 'row')} ({percent(self._cut.count, rows)}) longer than {self._limit:,} "
+                f"tokens: so many have more words, and no tokenizer was given to count more closely",
+                action=f"cuts at {self._limit:,} tokens",
+                fix="name the model to count in its tokens; raise --max-length, or split the texts",
+            )
+
+    def figures(self) -> dict[str, Any]:
+        """Lengths in words and characters."""
+        return {"words": self._words.figures(), "characters": self._characters.figures()}
+
+    def not_checked(self) -> Iterator[str]:
+        """Anything in tokens."""
+        yield "tokens: no tokenizer was given, so lengths are in words and characters, and nothing was tokenized"
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, uncut."""
+    ids: list[list[int]] = tokenizer(
+        texts, truncation=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
+    return ids
+
+
+def _has_surrogate(row: Seen) -> bool:
+    return len(row.data) != len(row.text) and any("\ud800" <= character <= "\udfff" for character in row.text)

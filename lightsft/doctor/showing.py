@@ -1,0 +1,70 @@
+"""A report on one screen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.text import Text
+
+from lightsft.doctor.findings import NOTHING, Finding, plural
+from lightsft.doctor.report import Report
+
+STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+SHOWN_ROWS = 8  # for each split
+CHECKED = "rows, labels, duplicates, leakage, lengths, encoding, special tokens, scripts, languages, personal data, empty texts"
+
+
+def show(report: Report, console: Console) -> None:
+    """Errors first; where there is nothing to say, what was checked."""
+    for line in lines(report):
+        console.print(line, soft_wrap=False)
+
+
+def lines(report: Report) -> Iterator[Text]:
+    """The lines of a report."""
+    rows = ", ".join(f"{split} {count:,}" for split, count in report.rows.items())
+    yield Text(f"{plural(sum(report.rows.values()), 'row')} ({rows}) in {report.seconds:.1f} s")
+    for finding in report.findings:
+        yield from _finding(finding)
+    for reason in report.not_checked:
+        yield Text(f"not checked  {reason}", style="dim")
+    yield _verdict(report)
+
+
+def _finding(finding: Finding) -> Iterator[Text]:
+    yield Text.assemble((f"{finding.severity:<8}", STYLES[finding.severity]), " ", (finding.title, "bold"))
+    if finding.rows:
+        yield _detail(_rows(finding))
+    if finding.sample:
+        yield _detail(f"for example  {finding.sample}")
+    if finding.severity != "note":
+        if finding.action != NOTHING:
+            yield _detail(f"training  {finding.action}")
+        if finding.fix:
+            yield _detail(f"to mend it  {finding.fix}")
+
+
+def _detail(text: str) -> Text:
+    line = Text(f"         {text}", style="dim")
+    line.overflow, line.no_wrap = "ellipsis", True
+    return line
+
+
+def _rows(finding: Finding) -> str:
+    parts = []
+    for split, numbers in finding.rows.items():
+        more = len(numbers) > SHOWN_ROWS
+        parts.append(f"{split} {', '.join(map(str, numbers[:SHOWN_ROWS]))}{', ...' if more else ''}")
+    return f"rows  {'; '.join(parts)}"
+
+
+def _verdict(report: Report) -> Text:
+    if not report.findings:
+        return Text(f"nothing found; checked: {CHECKED}", style="green")
+    counts = Counter(finding.severity for finding in report.findings)
+    said = ", ".join(plural(counts[kind], kind) for kind in ("error", "warning", "note") if counts[kind])
+    refused = sum(report.refused.values())
+    stops = f"; training stops at {plural(refused, 'row')} that cannot be used" if refused else ""
+    return Text(f"{said}{stops if not report.usable else '; training can start'}")
