@@ -74,8 +74,8 @@ class Duplicates(Collector):
         """Near-duplicates in large data are looked for in a share of the texts."""
         if self._store.one_in > 1:
             yield (
-                f"near-duplicates: 1 in {self._store.one_in} texts ({self._compared:,}) was compared, chosen by a hash that "
-                f"near-duplicates mostly share; about as large a share of them is found"
+                f"near-duplicates: 1 in {self._store.one_in} texts ({self._compared:,}) was compared, chosen by a hash "
+                f"that near-duplicates mostly share; about as large a share of them is found"
             )
 
     def _flush(self) -> None:
@@ -122,7 +122,7 @@ class Duplicates(Collector):
     def _dominant(self, repeated: _Repeated, groups: Array, total: int) -> Iterator[Finding]:
         for group in np.flatnonzero(groups)[np.argsort(-repeated.sizes[groups], kind="stable")][:5]:
             rows = repeated.rows[repeated.group == group]
-            tally = self._index.tally(rows, self._index.name(rows[:2]))
+            tally = self._index.tally(rows, self._index.name(rows[:2].tolist()))
             title = f"one text makes up {percent(tally.count, total)} of the rows ({tally.count:,})"
             yield tally.finding("dominant_text", "warning", title, fix="keep it once, or a few times")
 
@@ -130,7 +130,7 @@ class Duplicates(Collector):
         if chosen.any():
             place = int(np.flatnonzero(chosen)[0])
             tally = self._index.tally(
-                np.sort(repeated.rows[chosen]), self._index.name(repeated.rows[place - 1 : place + 1])
+                np.sort(repeated.rows[chosen]), self._index.name(repeated.rows[place - 1 : place + 1].tolist())
             )
             letters = np.frombuffer(self._letters, dtype=np.uint32)[repeated.rows]
             exact = _seen_before(repeated, letters, chosen)

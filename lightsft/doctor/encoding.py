@@ -14,8 +14,8 @@ from lightsft.doctor.samples import excerpt
 
 _CONTROL_BYTES = bytes(b for b in range(32) if b not in b"\t\n\r") + b"\x7f"
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
-# Zero-width space, word joiner, byte-order mark, soft hyphen, directions. A joiner between letters is spelling (Persian,
-# Hindi) and between pictures an emoji: both stay.
+# Zero-width space, word joiner, byte-order mark, soft hyphen, directions. A joiner between letters is spelling
+# (Persian, Hindi) and between pictures an emoji: both stay.
 INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]{2,31}\d{0,2});")
@@ -39,7 +39,9 @@ KINDS: dict[str, tuple[Severity, str, str, str]] = {
         "warning", "UTF-8 that was read as cp1252 or Latin-1", NOTHING,
         "read the source as UTF-8, or undo it with text.encode('cp1252').decode('utf-8')",
     ),
-    "control_character": ("warning", "control characters", NOTHING, "remove them: most tokenizers drop or misread them"),
+    "control_character": (
+        "warning", "control characters", NOTHING, "remove them: most tokenizers drop or misread them",
+    ),
     "invisible_character": (
         "warning", "characters of no width (zero-width space, byte-order mark, soft hyphen, direction mark)", NOTHING,
         "remove them: they split words into other tokens, unseen",

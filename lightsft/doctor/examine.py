@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from lightsft.data.problems import Problem
@@ -113,32 +113,30 @@ class _Examination:
 
     def _see(self, split: str, numbered: NumberedRow) -> bool:
         """Whether the row can be used."""
-        usable = True
-        for problem in self._problems_of(numbered):
-            usable = usable and problem.severity != "error"
+        problems, text, classes = self._read(numbered)
+        for problem in problems:
             self._problems.add(split, numbered.number, problem)
-        if numbered.row is None:
-            return False
-        try:
-            text, classes = self._task.text_of(numbered.row), self._task.classes(numbered.row)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            if usable:  # else it has been said what is wrong
-                found = f"cannot be turned into a text ({type(error).__name__}: {error})"
-                self._problems.add(split, numbered.number, Problem("unreadable_row", found))
-            return False
-        row = seen(split, numbered.number, text, classes, usable)
-        for collector in self._collectors:
-            collector.see(row)
-        return usable
+        usable = all(problem.severity != "error" for problem in problems)
+        if text is not None:
+            row = seen(split, numbered.number, text, classes, usable)
+            for collector in self._collectors:
+                collector.see(row)
+        return usable and text is not None
 
-    def _problems_of(self, numbered: NumberedRow) -> Iterator[Problem]:
-        if numbered.problem is not None:
-            yield numbered.problem
-        if numbered.row is None:
-            return
-        bad = False
-        for problem in self._task.problems(numbered.row):
-            bad = bad or problem.severity == "error"
-            yield problem
-        if self._tokenizer is not None and not bad:
-            yield from self._task.token_problems(numbered.row, self._tokenizer)
+    def _read(self, numbered: NumberedRow) -> tuple[list[Problem], str | None, tuple[str, ...]]:
+        """What is wrong with a row, its text and its labels, as far as there are any."""
+        problems = [numbered.problem] if numbered.problem is not None else []
+        row, task = numbered.row, self._task
+        if row is None:
+            return problems, None, ()
+        try:
+            problems += task.problems(row)
+            text, classes = task.text_of(row), task.classes(row)
+            if self._tokenizer is not None and all(problem.severity != "error" for problem in problems):
+                problems += task.token_problems(row, self._tokenizer)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            if all(problem.severity != "error" for problem in problems):  # else it has been said what is wrong
+                found = f"cannot be turned into a text ({type(error).__name__}: {error})"
+                problems.append(Problem("unreadable_row", found))
+            return problems, None, ()
+        return problems, text, classes

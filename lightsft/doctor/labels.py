@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lightsft.doctor.collect import Collector, Seen, Tally
@@ -15,14 +15,15 @@ MOST_LABELS = 10_000
 RATIO, MAJORITY = 20.0, 0.9  # largest class to smallest, share of the largest: beyond, the data is lopsided
 NOTABLE_RATIO = 5.0
 TRAIN = "train"
-Groups = dict[str, dict[str, Tally]]
+Group = dict[str, dict[str, Tally]]  # spelling -> split -> rows
 
 
 class Labels(Collector):
-    """Counts each label in each split. Rows that the task refuses count too: they may be refused for their spelling."""
+    """Counts each label in each split. Rows that the task refuses count for the spelling, which may be why."""
 
     def __init__(self) -> None:
-        self._labels: dict[str, dict[str, Tally]] = {}  # label -> split -> rows
+        self._labels: Group = {}
+        self._refused: Group = {}
         self._splits: dict[str, None] = {}
         self._missing = Tally()
         self._too_many = False
@@ -32,13 +33,14 @@ class Labels(Collector):
         self._splits.setdefault(row.split)
         if not row.classes and row.usable:
             self._missing.add(row.split, row.number, "")
+        labels = self._labels if row.usable else self._refused
         for label in dict.fromkeys(row.classes):
-            by_split = self._labels.get(label)
+            by_split = labels.get(label)
             if by_split is None:
-                if len(self._labels) >= MOST_LABELS:
+                if len(labels) >= MOST_LABELS:
                     self._too_many = True
                     continue
-                by_split = self._labels[label] = {}
+                by_split = labels[label] = {}
             tally = by_split.get(row.split)
             if tally is None:
                 tally = by_split[row.split] = Tally()
@@ -59,8 +61,8 @@ class Labels(Collector):
         if self._too_many:
             title = f"more than {MOST_LABELS:,} different labels; only the first {MOST_LABELS:,} were looked at"
             yield Finding("too_many_labels", "warning", title, MOST_LABELS, fix="name the right column with --label")
-        groups = self._groups()
-        yield from self._alike(groups)
+        yield from self._alike(_groups([*self._labels.items(), *self._refused.items()]))
+        groups = _groups(self._labels.items())
         unseen = [g for g in groups.values() if TRAIN in self._splits and not any(TRAIN in s for s in g.values())]
         seen = [group for group in groups.values() if group not in unseen]
         rare = [group for group in seen if _count(group) < RARE]
@@ -76,14 +78,7 @@ class Labels(Collector):
         largest = sorted(counts, key=lambda label: (-counts[label], label))
         return {"rows_by_label": {label: counts[label] for label in largest[:100]}} if counts else {}
 
-    def _groups(self) -> dict[str, dict[str, dict[str, Tally]]]:
-        """Labels that are the same but for case, spacing and form: normal form -> label -> split -> rows."""
-        groups: dict[str, dict[str, dict[str, Tally]]] = {}
-        for label, by_split in self._labels.items():
-            groups.setdefault(_normal(label), {})[label] = by_split
-        return groups
-
-    def _alike(self, groups: dict[str, dict[str, dict[str, Tally]]]) -> Iterator[Finding]:
+    def _alike(self, groups: dict[str, Group]) -> Iterator[Finding]:
         together, spellings = Tally(), []
         for group in groups.values():
             if len(group) > 1:
@@ -97,15 +92,10 @@ class Labels(Collector):
                 f"{plural(len(spellings), 'label')} spelled in several ways that differ in case or spacing alone; "
                 f"{plural(together.count, 'row')} with the rarer spellings"
             )
-            yield together.finding(
-                "label_spellings",
-                "warning",
-                title,
-                action="takes each spelling for a class of its own",
-                fix="spell them alike",
-            )
+            action = "takes each spelling for a class of its own"
+            yield together.finding("label_spellings", "warning", title, action=action, fix="spell them alike")
 
-    def _unseen(self, groups: list[dict[str, dict[str, Tally]]]) -> Iterator[Finding]:
+    def _unseen(self, groups: list[Group]) -> Iterator[Finding]:
         if groups:
             rows = _rows(*groups)
             title = f"{plural(len(groups), 'label')} in {' and '.join(rows.rows)} alone, in {plural(rows.count, 'row')}"
@@ -117,7 +107,7 @@ class Labels(Collector):
                 fix="add such rows to the training data, or take these out",
             )
 
-    def _rare(self, groups: list[dict[str, dict[str, Tally]]]) -> Iterator[Finding]:
+    def _rare(self, groups: list[Group]) -> Iterator[Finding]:
         if groups:
             rows = _rows(*groups)
             title = (
@@ -126,14 +116,12 @@ class Labels(Collector):
             fix = "add rows, or merge these labels with others"
             yield rows.finding("rare_label", "warning", title, fix=fix)
 
-    def _absent(self, groups: list[dict[str, dict[str, Tally]]]) -> Iterator[Finding]:
-        absent = {
-            split: [next(iter(group)) for group in groups if not any(split in by_split for by_split in group.values())]
-            for split in self._splits
-        }
-        absent = {
-            split: labels for split, labels in absent.items() if labels and labels != [*map(next, map(iter, groups))]
-        }
+    def _absent(self, groups: list[Group]) -> Iterator[Finding]:
+        absent = {}
+        for split in self._splits:
+            there = [any(split in by_split for by_split in group.values()) for group in groups]
+            if any(there) and not all(there):  # a split without any labels is no matter of one label
+                absent[split] = [next(iter(group)) for group, known in zip(groups, there, strict=True) if not known]
         if absent:
             count = len({label for labels in absent.values() for label in labels})
             where = "; ".join(f"{split}: {', '.join(map(repr, labels[:5]))}" for split, labels in absent.items())
@@ -142,7 +130,7 @@ class Labels(Collector):
             fix = "split by label (stratified), or add rows"
             yield Finding("label_not_in_split", "warning", title, count, {}, excerpt(where), action, fix)
 
-    def _lopsided(self, groups: list[dict[str, dict[str, Tally]]]) -> Iterator[Finding]:
+    def _lopsided(self, groups: list[Group]) -> Iterator[Finding]:
         counts = sorted(((_count(group), next(iter(group))) for group in groups), reverse=True)
         if len(counts) < 2:
             return
@@ -151,23 +139,41 @@ class Labels(Collector):
         grave = most > RATIO * fewest or share > MAJORITY
         if grave or most > NOTABLE_RATIO * fewest:
             title = (
-                f"the label {largest!r} has {most / fewest:.0f} times the rows of {smallest!r} ({most:,} and {fewest:,}); "
-                f"it makes up {percent(share, 1)}"
+                f"the label {largest!r} has {most / fewest:.0f} times the rows of {smallest!r} ({most:,} and "
+                f"{fewest:,}); it makes up {percent(share, 1)}"
             )
             action = "accuracy will mostly say how often it is right about the largest class"
             fix = "watch macro F1; weight the classes, or add rows of the small ones"
             yield Finding("imbalance", "warning" if grave else "note", title, len(counts), {}, "", action, fix)
 
 
+def _groups(labels: Iterable[tuple[str, dict[str, Tally]]]) -> dict[str, Group]:
+    """Labels that are the same but for case, spacing and form, by their normal form. Tallies are not changed."""
+    groups: dict[str, Group] = {}
+    for label, by_split in labels:
+        spelling = groups.setdefault(_normal(label), {}).setdefault(label, {})
+        for split, tally in by_split.items():
+            spelling[split] = _merged(tally, spelling.get(split))
+    return groups
+
+
+def _merged(one: Tally, other: Tally | None) -> Tally:
+    both = Tally()
+    for tally in (one, other):
+        if tally is not None:
+            both.merge(tally)
+    return both
+
+
 def _normal(label: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
 
 
-def _count(group: dict[str, dict[str, Tally]]) -> int:
+def _count(group: Group) -> int:
     return sum(tally.count for by_split in group.values() for tally in by_split.values())
 
 
-def _rows(*groups: dict[str, dict[str, Tally]]) -> Tally:
+def _rows(*groups: Group) -> Tally:
     """The rows of all labels in the groups; the labels and their counts as the sample."""
     rows = Tally()
     for group in groups:

@@ -59,16 +59,18 @@ class LanguageMix(Collector):
         if not find_spec("py3langid"):
             yield "languages: py3langid is not installed (pip install py3langid)"
         elif self._seen > SAMPLE:
-            yield f"languages: of {plural(self._seen, 'text')} of {SHORTEST} characters or more, {SAMPLE:,} were looked at"
+            long = f"{plural(self._seen, 'text')} of {SHORTEST} characters or more"
+            yield f"languages: of {long}, {SAMPLE:,} were looked at"
 
     def _others(self, rows: dict[str, Tally], total: int) -> Finding:
         (main, _), *rest = self._languages.most_common()
         others = Tally()
         for language, _ in rest:
             others.merge(rows[language])
+        each = ", ".join(f"{count:,} {language}" for language, count in rest[:5])
         title = (
-            f"{plural(others.count, 'row')} in another language than the {main!r} of the rest ({percent(others.count, total)}"
-            f" of {plural(total, 'text')} looked at: {', '.join(f'{count:,} {language}' for language, count in rest[:5])})"
+            f"{plural(others.count, 'row')} in another language than the {main!r} of the rest: {each} "
+            f"({percent(others.count, total)} of {plural(total, 'text')} looked at)"
         )
         fix = "nothing if several languages are wanted; else remove these rows"
         return others.finding("other_language", "note", title, fix=fix)
@@ -76,7 +78,7 @@ class LanguageMix(Collector):
 
 def _language(text: str) -> str:
     """Its code, where the best guess stands well apart from the second."""
-    import py3langid
+    import py3langid  # type: ignore[import-untyped,unused-ignore]
 
     (best, high), (_, second) = py3langid.rank(text)[:2]
     return str(best) if high - second >= MARGIN else ""

@@ -22,10 +22,11 @@ class Histogram:
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
-        self.total = 0
+        self.rows = self.total = 0
 
     def add(self, length: int) -> None:
         """Count one length."""
+        self.rows += 1
         self.total += length
         step = 10 ** max(0, len(str(length)) - 3)
         self._counts[length // step * step] += 1
@@ -78,15 +79,15 @@ class TokenLengths(Collector):
     def findings(self) -> Iterator[Finding]:
         """Rows that are cut, and how much is lost; rows that the tokenizer cannot spell."""
         self._tokenize()
-        rows = sum(self._lengths._counts.values())
+        rows = self._lengths.rows
         if self._cut.count:
             grave = self._cut.count > WARN_SHARE * rows or self._tokens_cut > WARN_SHARE * self._lengths.total
             longest = self._lengths.figures()["max"]
             yield self._cut.finding(
                 "over_long",
                 "warning" if grave else "note",
-                f"{plural(self._cut.count, 'row')} ({percent(self._cut.count, rows)}) longer than {self._limit:,} tokens, the "
-                f"longest {longest:,}: {plural(self._tokens_cut, 'token')} would be cut "
+                f"{plural(self._cut.count, 'row')} ({percent(self._cut.count, rows)}) longer than {self._limit:,} "
+                f"tokens, the longest {longest:,}: {plural(self._tokens_cut, 'token')} would be cut "
                 f"({percent(self._tokens_cut, self._lengths.total)} of all)",
                 action=f"cuts at {self._limit:,} tokens",
                 fix="raise --max-length as far as the model allows, or split the texts",
@@ -146,13 +147,13 @@ class WordLengths(Collector):
 
     def findings(self) -> Iterator[Finding]:
         """Rows with more words than there may be tokens."""
-        rows = sum(self._words._counts.values())
+        rows = self._words.rows
         if self._cut.count:
             yield self._cut.finding(
                 "over_long",
                 "warning" if self._cut.count > WARN_SHARE * rows else "note",
-                f"at least {plural(self._cut.count, 'row')} ({percent(self._cut.count, rows)}) longer than {self._limit:,} "
-                f"tokens: so many have more words, and no tokenizer was given to count more closely",
+                f"at least {plural(self._cut.count, 'row')} ({percent(self._cut.count, rows)}) longer than "
+                f"{self._limit:,} tokens: so many have more words, and no tokenizer was given to count more closely",
                 action=f"cuts at {self._limit:,} tokens",
                 fix="name the model to count in its tokens; raise --max-length, or split the texts",
             )

@@ -1,9 +1,9 @@
 """UTF-8 that was read as cp1252 or Latin-1, found by undoing it: encoding such text again gives valid UTF-8.
 
-An accent that was meant stands alone between letters and is no UTF-8: "é" is the first byte of three. Beside a quotation
-mark or a no-break space it can be by chance ("LIBERTÉ»" is C9 BB, "ɻ"), so what comes out of the round trip has to be
-what people write: Latin-1's own signs, punctuation, emoji; or at least three letters of one alphabet that explain most
-of the row's characters beyond ASCII.
+An accent that was meant stands alone between letters and is no UTF-8: "é" is the first byte of three. Beside a
+quotation mark or a no-break space it can be by chance ("LIBERTÉ»" is C9 BB, "ɻ"), so what comes out of the round trip
+has to be what people write: Latin-1's own signs, punctuation, emoji; or at least three letters of one alphabet that
+explain most of the row's characters beyond ASCII.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _is_common(character: str) -> bool:
 
 def _was_meant(text: str, match: re.Match[str]) -> bool:
     """A capital at the end of a word in capitals, and a sign that may follow: IRMÃ»."""
-    first, *rest = match.group()
+    first, rest = match.group()[0], match.group()[1:]
     before, after = text[: match.start()][-1:], text[match.end() :][:1]
     at_end = not after.isalnum() and all(character in _CLOSING for character in rest)
     return len(rest) == 1 and at_end and first.isalpha() and (before.isupper() or not before.isalnum())

@@ -1,7 +1,8 @@
 """Near-duplicates: texts whose sets of word triples overlap by Jaccard 0.8 or more, within a split and between two.
 
 Min-hashes in BANDS bands of ROWS each (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4): two sets meet in
-some band with probability 1 - (1 - J^4)^16, that is 0.9998 at J = 0.8. Whoever meets is compared by the sets themselves.
+some band with probability 1 - (1 - J^4)^16, that is 0.9998 at J = 0.8. Those that meet are compared by the sets
+themselves.
 """
 
 from __future__ import annotations

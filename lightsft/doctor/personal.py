@@ -28,11 +28,11 @@ class PersonalData(Collector):
     def see(self, row: Seen) -> None:
         """Rows without "@" and with few digits are not searched."""
         marks = row.marks
-        if not marks or (b"@" not in marks and len(marks) - len(marks.translate(None, DIGITS)) < FEWEST_DIGITS):
-            return
-        shown = {one.kind: one.masked for one in reversed(personal(row.text))}
-        for kind, sample in shown.items():
-            self._tallies[kind].add(row.split, row.number, sample)
+        numbers = len(marks) - len(marks.translate(None, DIGITS)) >= FEWEST_DIGITS if marks else False
+        if numbers or b"@" in marks:
+            shown = {one.kind: one.masked for one in reversed(personal(row.text, numbers=numbers))}
+            for kind, sample in shown.items():
+                self._tallies[kind].add(row.split, row.number, sample)
 
     def findings(self) -> Iterator[Finding]:
         """One for each kind that occurs."""

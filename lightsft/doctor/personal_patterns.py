@@ -43,10 +43,13 @@ class Personal(NamedTuple):
     masked: str
 
 
-def personal(text: str) -> list[Personal]:
-    """Every place in the text, by position; what is part of one is not searched for another."""
+def personal(text: str, *, numbers: bool = True) -> list[Personal]:
+    """Every place in the text, by position; what is part of one is not searched for another.
+
+    numbers: whether to look for more than e-mail addresses.
+    """
     found: list[Personal] = []
-    for kind, pattern, valid, mask in _KINDS:
+    for kind, pattern, valid, mask in _KINDS if numbers else _KINDS[:1]:
         for match in pattern.finditer(text):
             start, end = match.span()
             if valid(match) and all(end <= one.start or start >= one.end for one in found):

@@ -15,6 +15,7 @@ import re
 import string
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def shingle_sets(texts: Sequence[bytes]) -> tuple[Array, Array]:
     counts = np.array([text.count(b" ") + 1 for text in texts])
     owner = np.repeat(np.arange(len(texts), dtype=np.uint64), counts)
     first = np.flatnonzero(owner[: 1 - WORDS] == owner[WORDS - 1 :])  # words with two more of the same text behind
-    powers, inverses = _powers(1 << int(len(block)).bit_length())
+    powers, inverses = _powers(1 << len(block).bit_length())
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(block * powers[: len(block)], dtype=np.uint64)])
     hashes = (sums[ends[first + WORDS - 1]] - sums[starts[first]]) * inverses[starts[first]]
     keys = np.unique((owner[first] << np.uint64(32)) | (mix(hashes) >> np.uint64(32)))
@@ -86,7 +87,7 @@ def band_hashes(values: Array, offsets: Array, band: int, rows: int) -> Array:
     chunk = 1 << 20
     edges = np.unique(np.concatenate([np.searchsorted(offsets, np.arange(0, int(offsets[-1]), chunk)), [len(result)]]))
     factors = random.integers(0, 1 << 63, size=(rows, 2), dtype=np.uint64)
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges.tolist()):
         part = values[offsets[start] : offsets[end]].astype(np.uint64)
         places = (offsets[start:end] - offsets[start]).astype(np.intp)
         for factor, summand in factors:
@@ -104,8 +105,8 @@ def jaccards(values: Array, offsets: Array, one: Array, other: Array) -> Array:
     edges = np.unique(
         np.concatenate([[0], np.searchsorted(elements, np.arange(1 << 20, int(elements[-1]), 1 << 20)), [len(one)]])
     )
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
-        pair = slice(int(start), int(end))
+    for start, end in pairwise(edges.tolist()):
+        pair = slice(start, end)
         keys = np.concatenate([_elements(values, offsets, sets[pair]) for sets in (one, other)])
         keys.sort()
         common = np.bincount(

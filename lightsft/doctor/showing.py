@@ -13,7 +13,10 @@ from lightsft.doctor.report import Report
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 SHOWN_ROWS = 8  # for each split
-CHECKED = "rows, labels, duplicates, leakage, lengths, encoding, special tokens, scripts, languages, personal data, empty texts"
+CHECKED = (
+    "rows, labels, duplicates, leakage, lengths, encoding, special tokens, scripts, languages, "
+    "personal data, empty texts"
+)
 
 
 def show(report: Report, console: Console) -> None:

@@ -38,7 +38,7 @@ class SpecialTokens(Collector):
         """Known ones, unknown ones."""
         if self._known.count:
             title = f"{plural(self._known.count, 'row')} with a special token of the tokenizer spelled in the text"
-            fix = "remove or escape it, unless it is meant: it ends texts and turns, and opens roles, from within the text"
+            fix = "remove or escape it, unless it is meant: from within a text it ends turns and opens roles"
             action = "takes it for the special token, not for its letters"
             yield self._known.finding("special_token", "warning", title, action=action, fix=fix)
         if self._unknown.count:
