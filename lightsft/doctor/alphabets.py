@@ -64,7 +64,7 @@ def _is_disguised(word: str) -> bool:
         letters[script] = letters.get(script, "") + character
     latin, cyrillic, greek = (letters.get(script, "") for script in ("Latin", "Cyrillic", "Greek"))
     if latin and cyrillic:
-        ending = word.endswith(cyrillic) and latin.isupper() and cyrillic.islower()
+        ending = word.endswith(cyrillic) and len(latin) > 1 and latin.isupper() and cyrillic.islower()
         alike = _CYRILLIC_ALIKE.issuperset(cyrillic) or _LATIN_ALIKE.issuperset(latin)
         return alike and not ending
     return len(latin) >= 3 and bool(greek) and _GREEK_ALIKE.issuperset(greek)

@@ -74,8 +74,8 @@ class Duplicates(Collector):
         """Near-duplicates in large data are looked for in a share of the texts."""
         if self._store.one_in > 1:
             yield (
-                f"near-duplicates: 1 in {self._store.one_in} texts ({self._compared:,}) was compared, chosen by a hash "
-                f"that near-duplicates mostly share; about as large a share of them is found"
+                f"near-duplicates: 1 in {self._store.one_in} texts ({self._compared:,}) was compared, chosen "
+                f"{self._store.chosen_by}"
             )
 
     def _flush(self) -> None:
@@ -100,7 +100,7 @@ class Duplicates(Collector):
     def _conflicts(self, repeated: _Repeated, groups: Array) -> Iterator[Finding]:
         rows, chosen = repeated.rows, groups[repeated.group]
         if chosen.any():
-            group = repeated.group[chosen][0]
+            group = repeated.group[_first(rows, chosen)]
             tally = self._index.tally(np.sort(rows[chosen]), self._pair(repeated, group, self._classes))
             title = f"{plural(int(groups.sum()), 'text')} with different labels, in {plural(tally.count, 'row')}"
             fix = "decide on one label for each, or remove these rows: no model can be right about both"
@@ -108,11 +108,9 @@ class Duplicates(Collector):
 
     def _leaks(self, repeated: _Repeated, chosen: Array) -> Iterator[Finding]:
         if chosen.any():
-            group = repeated.group[chosen][0]
-            place = repeated.rows[chosen & (repeated.group == group)][0]
-            tally = self._index.tally(
-                np.sort(repeated.rows[chosen]), self._index.name([repeated.rows[repeated.starts[group]], place])
-            )
+            place = _first(repeated.rows, chosen)
+            pair = [repeated.rows[repeated.starts[repeated.group[place]]], repeated.rows[place]]
+            tally = self._index.tally(np.sort(repeated.rows[chosen]), self._index.name(pair))
             where = " and ".join(tally.rows)
             title = f"{plural(tally.count, 'row')} of {where} with a text that is in an earlier split too"
             action = "scores these rows as if they were new: the score comes out too high"
@@ -128,7 +126,7 @@ class Duplicates(Collector):
 
     def _repeats(self, repeated: _Repeated, chosen: Array) -> Iterator[Finding]:
         if chosen.any():
-            place = int(np.flatnonzero(chosen)[0])
+            place = _first(repeated.rows, chosen)
             tally = self._index.tally(
                 np.sort(repeated.rows[chosen]), self._index.name(repeated.rows[place - 1 : place + 1].tolist())
             )
@@ -177,6 +175,12 @@ def _differ(values: Array, repeated: _Repeated) -> Array:
     own = values[repeated.rows]
     different: Array = np.minimum.reduceat(own, repeated.starts) != np.maximum.reduceat(own, repeated.starts)
     return different
+
+
+def _first(rows: Array, chosen: Array) -> int:
+    """The place of the smallest of the chosen rows."""
+    places = np.flatnonzero(chosen)
+    return int(places[np.argmin(rows[places])])
 
 
 def _seen_before(repeated: _Repeated, letters: Array, chosen: Array) -> int:

@@ -80,5 +80,5 @@ def _language(text: str) -> str:
     """Its code, where the best guess stands well apart from the second."""
     import py3langid  # type: ignore[import-untyped,unused-ignore]
 
-    (best, high), (_, second) = py3langid.rank(text)[:2]
+    (best, high), (_, second) = py3langid.rank(text.lower() if text.isupper() else text)[:2]
     return str(best) if high - second >= MARGIN else ""

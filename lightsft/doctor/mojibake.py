@@ -66,5 +66,6 @@ def _was_meant(text: str, match: re.Match[str]) -> bool:
 
 def _one_alphabet(characters: list[str]) -> bool:
     """Whether most are letters of the same script, which the first word of their names tells."""
-    scripts = Counter(unicodedata.name(c, "?").split(" ")[0] for c in characters if c.isalpha())
+    written = [c for c in characters if c.isalpha() and not 0x180 <= ord(c) < 0x300]  # not the phonetic alphabet
+    scripts = Counter(unicodedata.name(c, "?").split(" ")[0] for c in written)
     return bool(scripts) and 2 * max(scripts.values()) > len(characters) and max(scripts.values()) >= FEWEST_LETTERS

@@ -6,7 +6,7 @@ near-duplicates stay or go together, and 1 in 8 texts hold about J/8 of all pair
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,19 +44,37 @@ class ShingleStore:
         self.texts = self.shingles = 0
         self._most_texts, self._most_shingles = most_texts, most_shingles
         self._blocks: list[Block] = []
+        self._by_row = False
+
+    @property
+    def chosen_by(self) -> str:
+        """How the texts were chosen, and what that means for what is found."""
+        if self._by_row:
+            return (
+                "by their row, since most begin alike: of near-duplicates in twos few are found, of large groups some"
+            )
+        return "by a hash that near-duplicates mostly share: about as large a share of them is found"
 
     def add(self, rows: list[int], texts: list[bytes]) -> None:
         """Keep the texts that are chosen; `rows` are numbers that the caller knows them by, ascending."""
         values, offsets = shingle_sets(texts)
-        keys = mix(values[offsets[:-1]].astype(np.uint64)) >> np.uint64(32)
-        block = Block(np.array(rows, dtype=np.uint32), keys, values, offsets)
-        self._blocks.append(block.below(2**32 // self.one_in))
+        numbers = np.array(rows, dtype=np.uint32)
+        keys = _keys(numbers if self._by_row else values[offsets[:-1]])
+        self._blocks.append(Block(numbers, keys, values, offsets).below(2**32 // self.one_in))
         self._count(self._blocks[-1:])
         while self.texts > self._most_texts or self.shingles > self._most_shingles:
-            self.one_in *= 2
-            self._blocks = [block.below(2**32 // self.one_in) for block in self._blocks]
-            self.texts = self.shingles = 0
-            self._count(self._blocks)
+            self._halve()
+
+    def _halve(self) -> None:
+        """Texts that share most of their words share their keys too, and would all go at once: then rows decide."""
+        limit = 2**32 // self.one_in
+        self.one_in *= 2
+        halves = [block.below(limit // 2) for block in self._blocks]
+        if not self._by_row and sum(len(block.rows) for block in halves) < self.texts / 8:
+            self._by_row = True
+            halves = [replace(block, keys=_keys(block.rows) % limit).below(limit // 2) for block in self._blocks]
+        self._blocks, self.texts, self.shingles = halves, 0, 0
+        self._count(halves)
 
     def taken(self) -> tuple[Array, Array, Array]:
         """Rows (texts,), shingles and offsets (texts + 1,) of all texts; the store is empty afterwards."""
@@ -75,3 +93,8 @@ class ShingleStore:
     def _count(self, blocks: list[Block]) -> None:
         self.texts += sum(len(block.rows) for block in blocks)
         self.shingles += sum(len(block.values) for block in blocks)
+
+
+def _keys(values: Array) -> Array:
+    """(texts,) in [0, 2^32), spread evenly."""
+    return mix(values.astype(np.uint64)) >> np.uint64(32)

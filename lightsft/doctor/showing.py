@@ -22,7 +22,9 @@ CHECKED = (
 def show(report: Report, console: Console) -> None:
     """Errors first; where there is nothing to say, what was checked."""
     for line in lines(report):
-        console.print(line, soft_wrap=False)
+        if line.no_wrap:
+            line.truncate(console.width, overflow="ellipsis")
+        console.print(line)
 
 
 def lines(report: Report) -> Iterator[Text]:
@@ -51,7 +53,7 @@ def _finding(finding: Finding) -> Iterator[Text]:
 
 def _detail(text: str) -> Text:
     line = Text(f"         {text}", style="dim")
-    line.overflow, line.no_wrap = "ellipsis", True
+    line.no_wrap = True  # titles may take two lines, details one
     return line
 
 

@@ -9,12 +9,90 @@ from lightsft.doctor import examine
 
 Numbered = namedtuple("Numbered", "number row problem line position")
 
-SUBJECTS = "actor camera director ending script soundtrack story editor dialogue villain heroine pacing".split()
-VERBS = "carries weakens lifts ruins saves explains hides repeats drowns deepens shortens colours".split()
-OBJECTS = "scene mystery romance journey finale opening argument silence chase dinner trial wedding".split()
-ADJECTIVES = "quiet clumsy brilliant tired honest hollow gentle noisy patient awkward daring familiar".split()
-PLACES = "Lisbon Oslo Naples Boston Vienna Cairo Dublin Quito Perth Lyon Bergen Malmö".split()
-TIMES = "yesterday tonight twice slowly again early often finally suddenly barely nearly once".split()
+SUBJECTS = [
+    "actor",
+    "camera",
+    "director",
+    "ending",
+    "script",
+    "soundtrack",
+    "story",
+    "editor",
+    "dialogue",
+    "villain",
+    "heroine",
+    "pacing",
+]
+VERBS = [
+    "carries",
+    "weakens",
+    "lifts",
+    "ruins",
+    "saves",
+    "explains",
+    "hides",
+    "repeats",
+    "drowns",
+    "deepens",
+    "shortens",
+    "colours",
+]
+OBJECTS = [
+    "scene",
+    "mystery",
+    "romance",
+    "journey",
+    "finale",
+    "opening",
+    "argument",
+    "silence",
+    "chase",
+    "dinner",
+    "trial",
+    "wedding",
+]
+ADJECTIVES = [
+    "quiet",
+    "clumsy",
+    "brilliant",
+    "tired",
+    "honest",
+    "hollow",
+    "gentle",
+    "noisy",
+    "patient",
+    "awkward",
+    "daring",
+    "familiar",
+]
+PLACES = [
+    "Lisbon",
+    "Oslo",
+    "Naples",
+    "Boston",
+    "Vienna",
+    "Cairo",
+    "Dublin",
+    "Quito",
+    "Perth",
+    "Lyon",
+    "Bergen",
+    "Malmö",
+]
+TIMES = [
+    "yesterday",
+    "tonight",
+    "twice",
+    "slowly",
+    "again",
+    "early",
+    "often",
+    "finally",
+    "suddenly",
+    "barely",
+    "nearly",
+    "once",
+]
 WORDS = sorted({word.lower() for group in (SUBJECTS, VERBS, OBJECTS, ADJECTIVES, PLACES, TIMES) for word in group})
 PARTS = (
     "The {a} {s} {t} {v} the {o}.",
@@ -22,7 +100,7 @@ PARTS = (
     "Why does the {s} sound so {a} {t}?",
     "I saw it {t} in {p}: {a}, {a}, and never {a}.",
     "Nobody in the {o} believed the {s}; that {v} everything {t}.",
-    "\"{p} at night\" is {a} where the {o} is {a}.",
+    '"{p} at night" is {a} where the {o} is {a}.',
     "It's the {s}, not the {o}, that {v} this {a} film.",
 )
 

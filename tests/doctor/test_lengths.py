@@ -1,0 +1,80 @@
+"""Lengths against counting, and what cutting costs."""
+
+import numpy as np
+import pytest
+
+from lightsft.doctor.lengths import Histogram
+from tests.doctor.stand_ins import clean_rows, codes, examined, found, texts
+
+
+def test_percentiles_are_those_of_the_lengths():
+    lengths = np.random.default_rng(0).lognormal(4, 1, 5000).astype(int) + 1
+    histogram = Histogram()
+    for length in lengths.tolist():
+        histogram.add(length)
+    figures = histogram.figures()
+    below = lengths[lengths < 1000]
+    assert figures["p50"] == np.percentile(lengths, 50, method="inverted_cdf")
+    assert figures["p95"] == np.percentile(lengths, 95, method="inverted_cdf")
+    assert figures["max"] == lengths.max() // 10 * 10
+    assert figures["total"] == lengths.sum()
+    assert sum(figures["histogram"].values()) == 5000
+    assert figures["histogram"]["<= 64"] == ((below > 32) & (below <= 64)).sum()
+
+
+def test_lengths_of_any_size_take_bounded_room():
+    histogram = Histogram()
+    for length in range(0, 10_000_000, 37):
+        histogram.add(length)
+    assert len(histogram._counts) < 5000
+
+
+def test_what_is_cut_is_counted_in_tokens(tokenizer):
+    rows = texts("word " * 10, "word " * 6, "word " * 3, "word " * 20)  # and two special tokens each
+    finding = found(examined(rows, tokenizer=tokenizer, max_length=8), "over_long")
+    assert finding.rows == {"train": (1, 4)}
+    assert finding.title == (
+        "2 rows (50 %) longer than 8 tokens, the longest 22: 18 tokens would be cut (38 % of all)"  # 4 + 14 of 47
+    )
+    assert finding.action == "cuts at 8 tokens"
+    assert finding.severity == "warning"
+
+
+def test_the_tokenizer_s_own_limit_is_not_exceeded(tokenizer):
+    finding = found(examined(texts("word " * 600), tokenizer=tokenizer, max_length=1000), "over_long")
+    assert "longer than 512 tokens" in finding.title
+
+
+def test_a_few_tokens_cut_are_a_note(tokenizer):
+    rows = [*clean_rows(300), *texts("word " * 200)]
+    finding = found(examined([{"text": r["text"]} for r in rows], tokenizer=tokenizer, max_length=190), "over_long")
+    assert finding.severity == "note"
+
+
+def test_figures_in_tokens_agree_with_the_tokenizer(tokenizer):
+    rows = clean_rows(2500)
+    lengths = [len(ids) for ids in tokenizer([row["text"] for row in rows])["input_ids"]]
+    tokens = examined(rows, tokenizer=tokenizer).figures["tokens"]
+    assert tokens["total"] == sum(lengths)
+    assert tokens["max"] == max(lengths)
+    assert tokens["limit"] == 512
+
+
+def test_without_a_tokenizer_words_are_counted_and_that_is_said():
+    report = examined(texts("word " * 10, "word " * 5, "a  b   c"), max_length=5)
+    finding = found(report, "over_long")
+    assert finding.rows == {"train": (1,)}
+    assert "no tokenizer was given" in finding.title
+    assert any("no tokenizer" in line for line in report.not_checked)
+    assert report.figures["words"]["max"] == 10
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_tokenizer(tokenizer):
+    assert codes(examined(texts("word \ud83d word"), tokenizer=tokenizer)) == {"surrogate"}
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1, set()), (2, {"unknown_tokens"})])
+def test_a_tenth_of_unknown_tokens_is_the_limit(share, expected, tokenizer):
+    text = "word " * 8 + "xyzzy " * share  # and two special tokens
+    text = text if share == 2 else "word " + text
+    assert codes(examined(texts(text), tokenizer=tokenizer)) == expected
