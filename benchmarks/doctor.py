@@ -1,8 +1,8 @@
-"""The data doctor on a large jsonl file, time and memory: python benchmarks/doctor.py [--megabytes 1000] [--tokenizer X]
+"""The data doctor on a large jsonl file, time and memory: python benchmarks/doctor.py
 
-Seeded rows of about 300 to 700 characters (pseudo-words drawn by Zipf's law, four labels, 1 % repeated, 1 % repeated with
-a word changed) are written to a temporary folder and checked in a process of its own. Peak: its largest resident memory,
-and that after its imports.
+Seeded rows of about 300 to 700 characters (pseudo-words drawn by Zipf's law, four labels, 1 % repeated, 1 % repeated
+with a word added), --megabytes of them (1000), are written to a temporary folder and checked in a process of its own;
+with --tokenizer, lengths are counted in its tokens. Peak: the largest resident memory, and that after the imports.
 """
 
 from __future__ import annotations

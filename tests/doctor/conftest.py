@@ -12,7 +12,7 @@ def tokenizer():
 
     frame = {word.strip("\"'.,;:!?").lower() for part in PARTS for word in part.split() if "{" not in word}
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<|im_end|>"]
-    words = sorted({*WORDS, *frame, *"\"'.,;:!?", "s", "it", "word"} - {""})
+    words = sorted({*" ".join(WORDS.values()).lower().split(), *frame, *"\"'.,;:!?", "s", "it", "word"} - {""})
     vocabulary = {word: place for place, word in enumerate([*special, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.Lowercase()

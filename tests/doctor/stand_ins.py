@@ -9,91 +9,15 @@ from lightsft.doctor import examine
 
 Numbered = namedtuple("Numbered", "number row problem line position")
 
-SUBJECTS = [
-    "actor",
-    "camera",
-    "director",
-    "ending",
-    "script",
-    "soundtrack",
-    "story",
-    "editor",
-    "dialogue",
-    "villain",
-    "heroine",
-    "pacing",
-]
-VERBS = [
-    "carries",
-    "weakens",
-    "lifts",
-    "ruins",
-    "saves",
-    "explains",
-    "hides",
-    "repeats",
-    "drowns",
-    "deepens",
-    "shortens",
-    "colours",
-]
-OBJECTS = [
-    "scene",
-    "mystery",
-    "romance",
-    "journey",
-    "finale",
-    "opening",
-    "argument",
-    "silence",
-    "chase",
-    "dinner",
-    "trial",
-    "wedding",
-]
-ADJECTIVES = [
-    "quiet",
-    "clumsy",
-    "brilliant",
-    "tired",
-    "honest",
-    "hollow",
-    "gentle",
-    "noisy",
-    "patient",
-    "awkward",
-    "daring",
-    "familiar",
-]
-PLACES = [
-    "Lisbon",
-    "Oslo",
-    "Naples",
-    "Boston",
-    "Vienna",
-    "Cairo",
-    "Dublin",
-    "Quito",
-    "Perth",
-    "Lyon",
-    "Bergen",
-    "Malmö",
-]
-TIMES = [
-    "yesterday",
-    "tonight",
-    "twice",
-    "slowly",
-    "again",
-    "early",
-    "often",
-    "finally",
-    "suddenly",
-    "barely",
-    "nearly",
-    "once",
-]
-WORDS = sorted({word.lower() for group in (SUBJECTS, VERBS, OBJECTS, ADJECTIVES, PLACES, TIMES) for word in group})
+WORDS = {
+    "s": "actor camera director ending script soundtrack story editor dialogue villain heroine pacing",
+    "v": "carries weakens lifts ruins saves explains hides repeats drowns deepens shortens colours",
+    "o": "scene mystery romance journey finale opening argument silence chase dinner trial wedding",
+    "a": "quiet clumsy brilliant tired honest hollow gentle noisy patient awkward daring familiar",
+    "p": "Lisbon Oslo Naples Boston Vienna Cairo Dublin Quito Perth Lyon Bergen Malmö",
+    "t": "yesterday tonight twice slowly again early often finally suddenly barely nearly once",
+}
+CHOICES = {kind: words.split() for kind, words in WORDS.items()}
 PARTS = (
     "The {a} {s} {t} {v} the {o}.",
     "In {p}, a {a} {o} {v} our {s}!",
@@ -106,9 +30,8 @@ PARTS = (
 
 
 def sentence(chance):
-    choose = {"s": SUBJECTS, "v": VERBS, "o": OBJECTS, "a": ADJECTIVES, "p": PLACES, "t": TIMES}
     pieces = chance.choice(PARTS).split("{")
-    return pieces[0] + "".join(chance.choice(choose[piece[0]]) + piece[2:] for piece in pieces[1:])
+    return pieces[0] + "".join(chance.choice(CHOICES[piece[0]]) + piece[2:] for piece in pieces[1:])
 
 
 def clean_rows(count, seed=0):

@@ -72,7 +72,7 @@ FAULTS = {
         "imbalance", train={n: relabel(TRAIN, n, "pos") for n in range(1, 401) if n % 40 != 1},
         test={n: relabel(TEST, n, "pos") for n in range(1, 101) if n % 40 != 1}, rows={},
     ),
-    "a repeated text": Fault("duplicate", train={17: relabel(TRAIN, 3, "neg"), 3: relabel(TRAIN, 3, "neg")}, rows=AT_17),
+    "a repeated text": Fault("duplicate", train={17: TRAIN[2]}, rows=AT_17),
     "a text in capitals, with spaces": Fault(
         "duplicate", train={17: row("  " + TRAIN[2]["text"].upper().replace(" ", "   "), TRAIN[2]["label"])}, rows=AT_17
     ),
@@ -80,7 +80,7 @@ FAULTS = {
         "conflicting_labels", train={17: relabel(TRAIN, 4, "neg")}, rows={"train": (4, 17)}
     ),
     "a text with a word changed": Fault(
-        "near_duplicate", train={17: row(" ".join(["Well,", *NEW[1].split(), *NEW[2].split()])), 9: row(NEW[1] + " " + NEW[2])},
+        "near_duplicate", train={17: row(f"Well, {NEW[1]} {NEW[2]}"), 9: row(f"{NEW[1]} {NEW[2]}")},
         rows=AT_17,
     ),
     "a text in both splits": Fault("leakage", test={7: TRAIN[30]}, rows={"test": (7,)}),
@@ -89,7 +89,8 @@ FAULTS = {
         rows={"test": (7,)},
     ),
     "a text that is everywhere": Fault(
-        "dominant_text", train={n: row("No review was left.") for n in range(11, 51)}, rows={"train": tuple(range(11, 31))}
+        "dominant_text", train={n: row("No review was left.") for n in range(11, 51)},
+        rows={"train": tuple(range(11, 31))},
     ),
     "half a surrogate pair": in_text("surrogate", "\ud83d", "error"),
     "a lost character": in_text("replacement_character", "caf\ufffd"),
