@@ -9,7 +9,7 @@ from lightsft.doctor.collect import DIGITS, Collector, Seen, Tally
 from lightsft.doctor.findings import Finding, plural
 from lightsft.doctor.personal_patterns import personal
 
-FEWEST_DIGITS = 5  # of an IP address; everything else has more
+FEWEST_DIGITS = 5  # of an IP address, a phone number, an IBAN
 KINDS: dict[str, tuple[Severity, str, str]] = {
     "email": ("warning", "an e-mail address", "e-mail addresses"),
     "phone": ("warning", "what reads as a phone number", "phone numbers"),
@@ -28,9 +28,9 @@ class PersonalData(Collector):
     def see(self, row: Seen) -> None:
         """Rows without "@" and with few digits are not searched."""
         marks = row.marks
-        numbers = len(marks) - len(marks.translate(None, DIGITS)) >= FEWEST_DIGITS if marks else False
-        if numbers or b"@" in marks:
-            shown = {one.kind: one.masked for one in reversed(personal(row.text, numbers=numbers))}
+        digits = len(marks) - len(marks.translate(None, DIGITS)) if marks else 0
+        if digits >= FEWEST_DIGITS or b"@" in marks:
+            shown = {one.kind: one.masked for one in reversed(personal(row.text, digits=digits))}
             for kind, sample in shown.items():
                 self._tallies[kind].add(row.split, row.number, sample)
 

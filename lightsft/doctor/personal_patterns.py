@@ -43,16 +43,18 @@ class Personal(NamedTuple):
     masked: str
 
 
-def personal(text: str, *, numbers: bool = True) -> list[Personal]:
+def personal(text: str, *, digits: int | None = None) -> list[Personal]:
     """Every place in the text, by position; what is part of one is not searched for another.
 
-    numbers: whether to look for more than e-mail addresses.
+    digits: how many the text holds, where that is known: what needs more is not searched for.
     """
     found: list[Personal] = []
-    for kind, pattern, valid, mask in _KINDS if numbers else _KINDS[:1]:
+    for kind, fewest, pattern, valid, mask in _KINDS:
+        if (digits is not None and digits < fewest) or (kind == "email" and "@" not in text):
+            continue
         for match in pattern.finditer(text):
             start, end = match.span()
-            if valid(match) and all(end <= one.start or start >= one.end for one in found):
+            if valid(match.group()) and all(end <= one.start or start >= one.end for one in found):
                 found.append(Personal(kind, start, end, mask(match.group())))
     return sorted(found, key=lambda one: one.start)
 
@@ -125,10 +127,18 @@ def _mask_digits(front: int, back: int) -> Callable[[str], str]:
     return mask
 
 
-_KINDS: tuple[tuple[str, re.Pattern[str], Callable[[re.Match[str]], bool], Callable[[str], str]], ...] = (
-    ("email", EMAIL, lambda match: True, _mask_email),
-    ("iban", IBAN, lambda match: is_iban(match.group()), _mask_digits(4, 2)),
-    ("card", CARD, lambda match: is_card(match.group()), _mask_digits(0, 4)),
-    ("ip_address", IP, lambda match: is_public_address(match.group()), _mask_digits(2, 0)),
-    ("phone", PHONE, lambda match: is_phone(match.group()), _mask_digits(2, 2)),
+class _Kind(NamedTuple):
+    name: str
+    digits: int  # at least
+    pattern: re.Pattern[str]
+    valid: Callable[[str], bool]
+    mask: Callable[[str], str]
+
+
+_KINDS = (
+    _Kind("email", 0, EMAIL, bool, _mask_email),
+    _Kind("iban", 4, IBAN, is_iban, _mask_digits(4, 2)),
+    _Kind("card", 13, CARD, is_card, _mask_digits(0, 4)),
+    _Kind("ip_address", 5, IP, is_public_address, _mask_digits(2, 0)),
+    _Kind("phone", 8, PHONE, is_phone, _mask_digits(2, 2)),
 )
