@@ -29,7 +29,11 @@ _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse mod 2^64
 _PUNCTUATION = bytes.maketrans(
     (string.punctuation + string.ascii_uppercase).encode(), (b" " * 32 + string.ascii_lowercase.encode())
 )
-_NO_WORD = re.compile(r"[^\w\s]+")
+_MARKS = (  # vowel signs and accents, which \w leaves out: Latin, Hebrew, Arabic, the scripts of India to Cambodia
+    "\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff\u0e00-\u0fff\u1000-\u109f"
+    "\u1780-\u17d3"
+)
+_NO_WORD = re.compile(rf"[^\w\s{_MARKS}]+")
 _SPACELESS = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])")
 
 

@@ -79,9 +79,10 @@ def test_markup_in_texts_is_shown_and_not_obeyed():
 
 
 def test_no_rows_is_an_error():
-    report = examined([])
-    assert codes(report) == {"no_rows"}
-    assert not report.usable
+    for splits in ({}, {"train": []}, {"train": clean_rows(20), "test": []}):
+        report = examined(splits)
+        assert codes(report) == {"no_rows"}
+        assert not report.usable
 
 
 def test_at_most_twenty_rows_of_each_split_are_named():

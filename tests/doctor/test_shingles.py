@@ -82,6 +82,7 @@ def test_words_are_those_between_punctuation_without_case():
     assert words_of("It's “FINE”, été—oui!", "It's “FINE”, été—oui!".encode()) == [
         b"it", b"s", b"fine", "été".encode(), b"oui",
     ]  # fmt: skip
+    assert words_of("आप कैसे हैं?", "आप कैसे हैं?".encode()) == [w.encode() for w in ("आप", "कैसे", "हैं")]
     assert words_of("我们去 Café", "我们去 Café".encode()) == [w.encode() for w in ("我", "们", "去", "café")]
 
 
