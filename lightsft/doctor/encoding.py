@@ -40,7 +40,8 @@ KINDS: dict[str, tuple[Severity, str, str, str]] = {
         "read the source as UTF-8, or undo it with text.encode('cp1252').decode('utf-8')",
     ),
     "control_character": (
-        "warning", "control characters", NOTHING, "remove them; U+0080 to U+009F say that the file has another encoding (--encoding)",
+        "warning", "control characters", NOTHING,
+        "remove them; U+0080 to U+009F say that the file has another encoding (--encoding)",
     ),
     "invisible_character": (
         "warning", "characters of no width (zero-width space, byte-order mark, soft hyphen, direction mark)", NOTHING,
