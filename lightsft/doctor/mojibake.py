@@ -25,9 +25,9 @@ FEWEST_LETTERS = 3
 def mojibake(text: str) -> str:
     """The first damaged place and what it was, `Ã© for é`; nothing where there is none."""
     found = [(match, _undone(match.group())) for match in _SEQUENCE.finditer(text)]
-    found = [(match, was) for match, was in found if was]
+    found = [(match, was) for match, was in found if was and not _was_meant(text, match)]
     for match, was in found:
-        if _is_common(was) and not _was_meant(text, match):
+        if _is_common(was):
             return f"{match.group()} for {was}"
     if len(found) >= FEWEST_LETTERS and _one_alphabet([was for _, was in found]):
         explained = sum(len(match.group()) for match, _ in found)
