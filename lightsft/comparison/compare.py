@@ -200,11 +200,11 @@ class _Run:
         return min(trials, key=lambda trial: (sign * trial["validation"][self._metric], trial["seed"]))
 
     def _preview(self) -> list[str]:
-        pieces = self.results.get("preview") or []
-        if not pieces:
-            return []
-        text = "".join(f"[[{piece}]]" if carries_loss else piece for piece, carries_loss in pieces)
-        return ["first example; the loss is on what stands in [[ ]]:", text]
+        lines = list(self.results["data"].get("notes") or [])
+        for split, pieces in (self.results.get("previews") or {}).items():
+            text = " ".join(f"[[{piece}]]" if carries_loss else piece for piece, carries_loss in pieces)
+            lines += [f"first example of {split}; the loss is on what stands in [[ ]]:", text]
+        return lines
 
     def _scores_of(self, baselines: Mapping[str, Any]) -> str:
         return ", ".join(

@@ -57,16 +57,19 @@ def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
     dtype = dtype_name(choose_dtype(config.dtype, device))
     send({"event": "stage", "stage": "scoring the untuned model"})
     baselines, how = _baselines(config, prepared)
+    tokenizer = load_tokenizer(config.model, config.task.name)
     return {
         "baselines": baselines,
         "data": {
             **{name: len(rows) for name, rows in prepared.splits.named().items()},
             "labels": list(getattr(prepared.task, "labels", ())),
+            "notes": prepared.lines(),
+            "dropped": prepared.dropped,
             "source": config.data,
         },
         "metric": prepared.metric,
         "greater_is_better": prepared.task.greater_is_better(prepared.metric),
-        "preview": prepared.task.preview(prepared.splits.train[0], load_tokenizer(config.model, config.task.name)),
+        "previews": {name: prepared.task.preview(rows[0], tokenizer) for name, rows in prepared.splits.named().items()},
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": psutil.cpu_count(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightsft.data.batching import IGNORED, pad_features
-from lightsft.data.columns import ColumnKind, guess
+from lightsft.data.columns import ColumnKind, Guess, guess
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row, require_columns
 from lightsft.errors import ConfigurationError, DataError
@@ -53,12 +53,12 @@ class Task(ABC):
         return cls(**{**cls.found_columns(rows, source, options), **options})
 
     @classmethod
-    def found_columns(cls, rows: Sequence[Row], source: str, options: Mapping[str, Any]) -> dict[str, str]:
+    def found_columns(cls, rows: Sequence[Row], source: str, options: Mapping[str, Any]) -> Guess:
         """Columns for the fields that `options` do not name; DataError for one that is named and not there."""
         require_columns(rows, [options[name] for name in cls.columns if options.get(name) is not None], source)
         taken = {str(options[name]) for name in cls.columns if options.get(name) is not None}
         wanted = {name: kind for name, kind in cls.columns.items() if options.get(name) is None}
-        return dict(guess(rows, wanted, taken=taken, source=source))
+        return guess(rows, wanted, taken=taken, source=source)
 
     def for_model(self, reads_both_ways: bool) -> Self:
         """The task for a model with an encoder and a decoder, or for any other."""

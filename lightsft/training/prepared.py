@@ -29,14 +29,26 @@ SHORTHANDS = ("text", "text_pair", "label", "labels", "max_length", "chat_templa
 class Prepared:
     """A task and its rows, checked.
 
-    dropped: of each split, how many rows were left out by the code of what is wrong with them.
+    found: the columns that nobody named, and how they were found. dropped: of each split, how many rows were left out
+    by the code of what is wrong with them. shots: examples per class of each draw, None for all rows.
     """
 
     task: Task
     splits: Splits
     metric: str  # the score that picks checkpoints and winners
+    found: str = ""
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
     shots: int | None = None
+
+    def lines(self) -> list[str]:
+        """What was found and decided, to be shown."""
+        left_out = [
+            f"left out of {name}: {sum(codes.values())} rows ({', '.join(f'{c} {n}' for c, n in codes.items())})"
+            for name, codes in self.dropped.items()
+        ]
+        counts = ", ".join(f"{name} {len(rows)}" for name, rows in self.splits.named().items()) + " rows"
+        draw = [] if self.shots is None else [f"of the training rows {self.shots} per class, drawn by the seed"]
+        return [*([f"columns {self.found}"] if self.found else []), *left_out, counts, *draw]
 
     def training_rows(self, seed: int) -> list[Row]:
         """What a run with this seed trains on: all, or its own draw of a few per class."""
@@ -59,7 +71,9 @@ def read(config: TrainConfig) -> Prepared:
     """Read and check the data, find columns and labels, split."""
     parts = read_parts(config)
     source, rows = parts["train"]
-    chosen = task_class(config.task.name).for_rows(rows, source, **_options(config))
+    kind, options = task_class(config.task.name), _options(config)
+    chosen = kind.for_rows(rows, source, **options)
+    columns = kind.found_columns(rows, source, options).line()
     chosen = chosen.for_model(reads_both_ways(config.model))
     metric = _metric(config, chosen)
     tokenizer = load_tokenizer(config.model, config.task.name)
@@ -67,7 +81,8 @@ def read(config: TrainConfig) -> Prepared:
     for name, (source, part) in parts.items():
         kept[name], dropped[name] = usable(chosen, part, source, tokenizer, drop=config.drop_bad_rows)
     splits = _splits(config, kept, chosen)
-    return Prepared(chosen, splits, metric, {name: found for name, found in dropped.items() if found}, config.shots)
+    left_out = {name: codes for name, codes in dropped.items() if codes}
+    return Prepared(chosen, splits, metric, columns, left_out, config.shots)
 
 
 def read_parts(config: TrainConfig) -> dict[str, tuple[str, list[Row]]]:

@@ -40,11 +40,14 @@ def train(config: SingleConfig, say: Callable[[str], None] = print) -> Trained:
         f"trained ({share:.2%}), coverage {injection.coverage:.0%}, computing in {backbone.compute_dtype}"
         + (f", beside weights in {backbone.quantization}" if backbone.quantization else "")
     )
-    say(", ".join(f"{name} {len(rows)}" for name, rows in prepared.splits.named().items()) + " rows")
+    for line in prepared.lines():
+        say(line)
     if injection.skipped:
         say("left out, since a forward pass never calls them: " + ", ".join(injection.skipped))
-    for text, carries_loss in prepared.task.preview(prepared.splits.train[0], backbone.tokenizer):
-        say(f"{'loss   ' if carries_loss else 'no loss'} | {text!r}")
+    for name, rows in prepared.splits.named().items():
+        say(f"the first row of {name}:")
+        for text, carries_loss in prepared.task.preview(rows[0], backbone.tokenizer):
+            say(f"  {'loss   ' if carries_loss else 'no loss'} | {text!r}")
     checkpoints = config.out / "checkpoints"
     trainer = build_trainer(
         config,

@@ -307,7 +307,7 @@ def test_a_chat_model_is_compared_on_its_loss(llama, chat_jsonl, tmp_path, worke
     untuned, tuned = results["baselines"]["untuned"]["test"], results["trials"][0]["test"]
     assert tuned["loss"] < untuned["loss"]
     assert tuned["perplexity"] == pytest.approx(math.exp(tuned["loss"]))
-    assert any(carries_loss for _, carries_loss in results["preview"])
+    assert any(carries_loss for _, carries_loss in results["previews"]["train"])
 
 
 # ---- what goes wrong
@@ -337,7 +337,7 @@ def test_when_every_trial_fails_there_is_a_report_but_no_winner(bert, rows_csv, 
         ({"strategies": ["lora", "loraa"]}, ConfigurationError),
         ({"strategies": ["lora", "adapter(rank=4)"]}, ConfigurationError),
         ({"text": "review"}, DataError),
-        ({"metric": "auroc"}, ConfigurationError),
+        ({"metric": "poetry"}, ConfigurationError),
         ({"max_length": 1000}, ConfigurationError),
         ({"model": "./nowhere"}, LightsftError),
     ],

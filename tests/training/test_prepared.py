@@ -105,7 +105,7 @@ def test_a_few_examples_per_class_differ_between_seeds(configured):
 
 
 def trained_tensors(configured, out, **options):
-    rows = [{"prompt": "good film " * (1 + n % 7), "completion": "bad " * (1 + n % 3)} for n in range(40)]
+    rows = [{"prompt": "good film " * (1 + n % 7) + str(n), "completion": "bad " * (1 + n % 3)} for n in range(80)]
     config = configured(rows, task="chat", out=str(out), strategy="lora(rank=2)", epochs=2, **options)
     train(config, say=lambda line: None)
     return read_tensors(out)

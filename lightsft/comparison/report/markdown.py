@@ -134,7 +134,8 @@ def _markdown_data(results: Results) -> str:
     data = results.get("data") or {}
     rows = [[split, count(data.get(split)), role] for split, role in split_roles()]
     labels = ", ".join(map(str, data.get("labels") or [])) or DASH
-    return f"Source: {_cell(data.get('source') or DASH)}. Labels: {_cell(labels)}.\n\n" + _markdown_table(
+    notes = "".join(f"{_cell(note)}.\n\n" for note in data.get("notes") or [])
+    return f"Source: {_cell(data.get('source') or DASH)}. Labels: {_cell(labels)}.\n\n{notes}" + _markdown_table(
         ["split", "examples", "use"], rows
     )
 
