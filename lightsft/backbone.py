@@ -48,6 +48,7 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "audio-classification": "AutoModelForAudioClassification",
 }
+FIXED_LABELS = {"regression": ("value",)}  # of tasks whose rows do not name any
 PROBLEM_TYPES = {"regression": "regression", "multi-label": "multi_label_classification"}
 PROCESSORS = {"image-classification": "AutoImageProcessor", "audio-classification": "AutoFeatureExtractor"}
 SKETCH_TENSORS = 24
@@ -117,6 +118,7 @@ class Backbone:
         from `seed`. A model of `kind` needs no tokenizer.
         Raises BackboneError when nothing can be loaded from there.
         """
+        labels = labels or FIXED_LABELS.get(task or "")
         place = choose_device(device)
         compute = choose_dtype(dtype, place) if dtype != "checkpoint" else None
         if weight_dtype is None:
@@ -373,6 +375,7 @@ def _gguf_options(gguf: str | None) -> dict[str, Any]:
 
 def label_options(labels: Sequence[str] | None, task: str | None = None) -> dict[str, Any]:
     """What a configuration is to say of a head's classes, and of what they mean."""
+    labels = labels or FIXED_LABELS.get(task or "")
     if labels is None:
         return {}
     ids = {label: index for index, label in enumerate(labels)}
@@ -385,6 +388,8 @@ def auto_class(task: str | None, folder: str | None = None) -> Any:
     if task not in AUTO_CLASSES:
         raise BackboneError(f"no task named {task!r}", expected=f"one of {', '.join(AUTO_CLASSES)}")
     name = AUTO_CLASSES[task]
+    if name == "AutoModel" and folder is not None and reads_both_ways(folder):
+        name = "AutoModelForTextEncoding"  # the encoder alone
     if name == "AutoModelForSeq2SeqLM" and folder is not None and not reads_both_ways(folder):
         name = "AutoModelForCausalLM"
     return getattr(transformers, name)

@@ -151,7 +151,7 @@ class PromptReader(Part):
         labels, self.labels = self.labels if arguments.get("labels") is None else arguments["labels"], None
         if _cached_tokens(dict(arguments)):
             return Reading(None, None, cached=True)
-        given, mask = _given(arguments), arguments.get("attention_mask")
+        given, mask = _one_text_a_row(_given(arguments)), _one_text_a_row(arguments.get("attention_mask"))
         if self.generating and given is not None:
             mask, self.columns = _padding(mask, given.shape[1]), self.columns or given.shape[1]
             return Reading(mask, _until(mask, given, self.columns), cached=False)
@@ -203,6 +203,12 @@ def _until(mask: Tensor | None, given: Tensor, columns: int) -> Tensor | None:
             return None
         mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
     return (mask > 0) & (torch.arange(mask.shape[1], device=mask.device) < columns)
+
+
+def _one_text_a_row(tokens: Tensor | None) -> Tensor | None:
+    """(batch * choices, length) of the (batch, choices, length) that heads for multiple choice flatten as well."""
+    several = isinstance(tokens, Tensor) and tokens.ndim == 3 and not tokens.is_floating_point()
+    return tokens.flatten(0, 1) if several and tokens is not None else tokens
 
 
 def _before_labels(real: Tensor | None, labels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-Kind = Literal["messages", "file", "tokens", "tags", "list", "text", "number", "label"]
+Kind = Literal["messages", "file", "tokens", "tags", "list", "text", "number", "label", "any"]
 Values = Sequence[Any]
 
 MOST_CLASSES = 100  # different values of a label that no name gives away
@@ -90,6 +90,7 @@ FITS: dict[Kind, Callable[[Any], bool]] = {
     "text": is_text,
     "number": is_number,
     "label": is_label,
+    "any": lambda value: True,
 }
 
 
@@ -102,6 +103,8 @@ def by_content(
     """
     there = {name: filled(values) for name, values in left.items()}
     fitting = {name: values for name, values in there.items() if values and all(map(FITS[kind], values))}
+    if kind == "any":  # only a name can tell
+        return []
     if kind == "text":
         return _longest({name: values for name, values in fitting.items() if isinstance(values[0], str)})
     if kind == "label":

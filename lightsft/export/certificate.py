@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightsft.backbone import AUTO_CLASSES, Backbone
+from lightsft.backbone import PROCESSORS, Backbone, auto_class
 from lightsft.dry_run import evaluating
 from lightsft.errors import MergeError
+from lightsft.export.plain_logits import main_output
 
 Batch = dict[str, Tensor]
 FULL_PRECISION_LIMIT = 1e-4  # of the largest logit: fp32 arithmetic in another order
@@ -29,7 +30,7 @@ def logits_of(backbone: Backbone, batches: Sequence[Batch], device: torch.device
     place = device or backbone.model.device
     with torch.no_grad(), evaluating(backbone.model):
         inputs = ({name: value.to(place) for name, value in batch.items()} for batch in batches)
-        return [backbone.model(**batch).logits.float().cpu() for batch in inputs]
+        return [main_output(backbone.model(**batch)).cpu() for batch in inputs]
 
 
 def plain_logits(checkpoint: Path, task: str, batches: Sequence[Batch], *, from_disk: bool = False) -> list[Tensor]:
@@ -37,6 +38,7 @@ def plain_logits(checkpoint: Path, task: str, batches: Sequence[Batch], *, from_
 
     `from_disk`: a layer at a time.
     """
+    loads = auto_class(task, str(checkpoint)).__name__
     with tempfile.TemporaryDirectory() as scratch:
         stored, written = Path(scratch) / "batches.safetensors", Path(scratch) / "logits.safetensors"
         save_file({f"{i}.{name}": t.contiguous() for i, b in enumerate(batches) for name, t in b.items()}, stored)
@@ -45,7 +47,8 @@ def plain_logits(checkpoint: Path, task: str, batches: Sequence[Batch], *, from_
             sys.executable,
             str(script),
             str(checkpoint),
-            AUTO_CLASSES[task],
+            loads,
+            PROCESSORS.get(task, "AutoTokenizer"),
             str(stored),
             str(written),
             *([str(Path(scratch) / "offload")] if from_disk else []),
@@ -54,7 +57,7 @@ def plain_logits(checkpoint: Path, task: str, batches: Sequence[Batch], *, from_
         if done.returncode != 0:
             raise MergeError(
                 f"the merged checkpoint does not load with plain transformers: {done.stderr.strip()[-800:]}",
-                expected=f"{AUTO_CLASSES[task]}.from_pretrained to succeed",
+                expected=f"{loads}.from_pretrained to succeed",
                 todo="report it with the model's name; the adapter folder is unharmed",
             )
         found = load_file(written)
@@ -98,7 +101,7 @@ def certify(
         "passed": (measured <= limit or not exact) and reload_difference <= reload_limit,
         "limit": limit,
         "limit_applies_to": "mean logit difference" if half_precision else "largest logit difference",
-        "inputs": sum(int(batch["input_ids"].shape[0]) for batch in batches),
+        "inputs": sum(len(next(iter(batch.values()))) for batch in batches),
         "positions": int(before.shape[0]),
         "largest_logit_difference": float(difference.max()),
         "mean_logit_difference": float(difference.mean()),
@@ -137,7 +140,8 @@ def require_passed(certificate: Mapping[str, Any], *, wide: bool, in_codes: bool
 
 
 def kept_positions(batch: Batch, logits: Tensor) -> Tensor:
-    """Which positions count: (batch,) of a classifier, all; (batch, length) of a language model, the unpadded ones."""
-    if logits.dim() < 3 or "attention_mask" not in batch:
+    """Which positions count: the unpadded ones of a model with an output for each token, all of any other."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.shape != logits.shape[:-1] or "decoder_input_ids" in batch:
         return torch.ones(logits.shape[:-1], dtype=torch.bool)
-    return batch["attention_mask"].bool()
+    return mask.bool()

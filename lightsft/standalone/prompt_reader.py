@@ -72,6 +72,8 @@ class PromptReader:
             return None, True
         given = next((arguments[n] for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None), None)
         mask, labels = arguments.get("attention_mask"), arguments.get("labels")
+        if isinstance(mask, Tensor) and mask.ndim == 3:  # several choices for each row, which the head flattens as well
+            mask = mask.flatten(0, 1)
         if isinstance(mask, Tensor) and mask.ndim != 2:
             raise ValueError(f"an attention mask of shape {tuple(mask.shape)}: tokens are counted in (batch, length)")
         if self.generating and given is not None:

@@ -185,13 +185,13 @@ class Embedding(Task):
 
     # ---- the model
 
-    def forward(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    def model_inputs(self, inputs: Mapping[str, Tensor], labels: Tensor, config: Any) -> dict[str, Tensor]:
+        """The texts one below the other: (batch * texts, tokens)."""
+        return {name: value.flatten(0, 1) for name, value in inputs.items()}
+
+    def read_outputs(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """(batch, texts, width) unit vectors in fp32."""
-        flat = {name: value.flatten(0, 1) for name, value in inputs.items()}
-        whole = getattr(model, "module", model)
-        encoder = whole.get_encoder() if whole.config.is_encoder_decoder else model
-        states = encoder(**flat).last_hidden_state.float()
-        pooled = self._pooled(states, flat["attention_mask"])
+        pooled = self._pooled(outputs.last_hidden_state.float(), inputs["attention_mask"].flatten(0, 1))
         return normalize(pooled, dim=-1).reshape(*inputs["input_ids"].shape[:2], -1)
 
     def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:

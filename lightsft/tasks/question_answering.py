@@ -57,7 +57,7 @@ class QuestionAnswering(Task):
     columns: ClassVar[Mapping[str, ColumnKind]] = {
         "question": ColumnKind(("question", "query"), "text"),
         "context": ColumnKind(("context", "passage", "paragraph", "document"), "text"),
-        "answers": ColumnKind(("answers", "answer"), "list"),
+        "answers": ColumnKind(("answers", "answer"), "any"),
     }
 
     @classmethod

@@ -32,7 +32,6 @@ class Regression(Task):
     label: str = "score"
     max_length: int = 128
 
-    labels: ClassVar[tuple[str, ...]] = ("value",)  # one output
     name: ClassVar[str] = "regression"
     metric: ClassVar[str] = "pearson"
     metric_names: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "rmse", "mae", "r2", "loss")

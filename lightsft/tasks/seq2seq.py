@@ -143,15 +143,13 @@ class Seq2Seq(WritingTask):
 
     # ---- the model
 
-    def forward(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Any:
+    def model_inputs(self, inputs: Mapping[str, Tensor], labels: Tensor, config: Any) -> dict[str, Tensor]:
         """The decoder reads the target one step behind, from its start token on."""
         if self.decoder_only:
-            return model(**inputs)
-        config = getattr(model, "module", model).config
-        start, padding = config.decoder_start_token_id, config.pad_token_id
-        behind = labels.new_full(labels.shape, start)
-        behind[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, padding)
-        return model(**inputs, decoder_input_ids=behind)
+            return dict(inputs)
+        behind = labels.new_full(labels.shape, config.decoder_start_token_id)
+        behind[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, config.pad_token_id)
+        return {**inputs, "decoder_input_ids": behind}
 
     def prompts(self, inputs: Mapping[str, Tensor], labels: Tensor, padding: int) -> dict[str, Tensor]:
         """What the encoder reads, or what comes before the target."""
