@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 BYTES = 256  # the vocabulary of models that read characters
-CHOICES = 2
 ENCODER_TOKENS, DECODER_TOKENS = 7, 5  # different, so that cross attention shows in the length of its keys
 
 
@@ -39,10 +38,8 @@ def candidate_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
                 yield plain | extra
             yield plain | extra | {"input_ids": _with_special_tokens(model, plain["input_ids"])}
         books = getattr(text_config(model), "num_codebooks", None)
-        yield {  # several texts per example, of which a head chooses one
-            name: value[:, None].expand(-1, CHOICES, -1).contiguous() if isinstance(value, Tensor) else value
-            for name, value in texts[0].items()
-        }
+        # a head may choose among several texts of each example: (batch, texts, tokens), here with one
+        yield {name: value[:, None] if isinstance(value, Tensor) else value for name, value in texts[0].items()}
         if isinstance(books, int):  # sounds as several streams of tokens, one per row
             yield {"input_ids": texts[0]["input_ids"].expand(books, -1).contiguous()}
     if main != "input_ids":

@@ -109,7 +109,7 @@ class ReFT:
         for block in self._blocks(backbone):
             if seen is not None and block in seen.calls and len(seen.calls[block].output_shape) > 2:
                 module, shape = backbone.module(block), seen.calls[block].output_shape
-                yield Site.of(block, module, shape, tokens=0 if ids is None else ids.shape[1])
+                yield Site.of(block, module, shape, tokens=0 if ids is None else ids.shape[-1])
 
 
 @dataclass(frozen=True)

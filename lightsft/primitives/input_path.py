@@ -68,6 +68,7 @@ def find_input_path(backbone: Backbone) -> InputPath:
     ids = example.get("input_ids")
     if ids is None:
         raise _no_place(backbone, "it takes no token ids")
+    ids = ids.flatten(0, -2)  # a head that chooses among texts hands them on as rows
     calls = _watched(backbone.model, example)
     trunk, readers = _trunk(backbone, calls, ids)
     within = {module: name for name, module in backbone.module(trunk.name).named_modules()}
