@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from jinja2 import TemplateError
@@ -14,23 +13,22 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.tasks.base import Feature
+from lightsft.tasks.conversations import Message, context_of, messages_of, order_problems, says_something, tools_of
 from lightsft.tasks.writing import WritingTask
 
-Message = dict[str, str]
-# Pairs of columns that hold a question and its answer, in the order in which they are looked for.
-PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+__all__ = ["Chat", "messages_of", "order_problems"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat(WritingTask):
     """Next-token cross-entropy on what the assistant says; the score is the loss per token.
 
-    Rows hold `messages` (role, content), `conversations` (from, value), or a pair of columns: prompt and completion,
-    instruction (with input) and output, question and answer. The tokenizer's chat template renders them. What the
-    assistant says before anybody has spoken is context: no prompt leads to it. loss_on: "assistant", or "all" for
-    every token of the conversation. max_length: in tokens; longer conversations are cut at the end, as is what exceeds
-    the tokenizer's own limit. What `generate` writes when scoring is an answer to each conversation's last question.
+    Rows hold `messages` (role, content), `conversations` (from, value), or a pair of columns: prompt and completion
+    (texts or lists of messages), instruction (with input) and output, question and answer. `tools` beside them is
+    handed to the chat template that renders them. What the assistant says before anybody has spoken, and in a prompt
+    of several messages, is context. loss_on: "assistant", or "all" for every token of the conversation. max_length: in
+    tokens; longer conversations are cut at the end, as is what exceeds the tokenizer's own limit. What `generate`
+    writes when scoring is an answer to each conversation's last question.
     """
 
     max_length: int = 512
@@ -63,11 +61,11 @@ class Chat(WritingTask):
         except DataError as error:
             yield Problem("no_conversation", f"cannot be read: {error.found}", error.expected, error.todo)
             return
-        if not any(m["role"] == "assistant" and m["content"].strip() for m in messages[1:]):
+        if not any(m["role"] == "assistant" and says_something(m) for m in messages[context_of(row) :]):
             yield Problem(
                 "no_answer",
                 "has no answer of the assistant",
-                expected="at least one non-empty assistant message after the first message",
+                expected="at least one non-empty assistant message that answers something",
                 todo="remove the row",
             )
         yield from order_problems([message["role"] for message in messages])
@@ -79,6 +77,15 @@ class Chat(WritingTask):
         except DataError as error:
             yield Problem("template_fails", f"cannot be rendered: {error.found}", error.expected, error.todo)
             return
+        template = self.chat_template or tokenizer.chat_template
+        if tools_of(row) and isinstance(template, str) and "tools" not in template:
+            yield Problem(
+                "tools_not_shown",
+                "has tools, which the chat template does not mention",
+                expected="a template that renders them",
+                todo="pass one with --chat-template",
+                severity="warning",
+            )
         if all(label == IGNORED for label in feature["labels"]):
             yield Problem(
                 "target_cut_off",
@@ -127,12 +134,12 @@ class Chat(WritingTask):
 
     def _pieces(self, row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
         """The rendered text in pieces, each with whether the assistant says it (its end-of-turn mark included)."""
-        messages, pieces, done = messages_of(row), [], ""
+        messages, tools, pieces, done = messages_of(row), tools_of(row), [], ""
         for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index == 0:
+            if message["role"] != "assistant" or index < context_of(row):
                 continue
-            opening = self.conversation(messages[:index], tokenizer, prompt=True)
-            whole = self.conversation(messages[: index + 1], tokenizer)
+            opening = self.conversation(messages[:index], tokenizer, prompt=True, tools=tools)
+            whole = self.conversation(messages[: index + 1], tokenizer, tools=tools)
             if not (opening.startswith(done) and whole.startswith(opening)):
                 raise DataError(
                     "the chat template rewrites earlier turns, so the assistant's tokens cannot be told apart",
@@ -143,7 +150,9 @@ class Chat(WritingTask):
             done = whole
         return pieces
 
-    def conversation(self, messages: Sequence[Message], tokenizer: Any, *, prompt: bool = False) -> str:
+    def conversation(
+        self, messages: Sequence[Message], tokenizer: Any, *, prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
         """The conversation as text; with `prompt`, open for the assistant to speak."""
         if tokenizer.chat_template is None and self.chat_template is None:
             raise DataError(
@@ -153,9 +162,13 @@ class Chat(WritingTask):
             )
         try:
             rendered: str = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=self.chat_template
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=prompt,
+                chat_template=self.chat_template,
+                tools=tools,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
                 f"the chat template does not render a conversation of {roles}: {error}",
@@ -163,57 +176,6 @@ class Chat(WritingTask):
                 todo="correct the rows, or pass another template with --chat-template",
             ) from error
         return rendered
-
-
-def messages_of(row: Row) -> list[Message]:
-    """The conversation of a row as messages with `role` and `content`."""
-    if isinstance(row.get("messages"), Sequence) and not isinstance(row["messages"], str):
-        return [_message(m, "role", "content") for m in row["messages"]]
-    if isinstance(row.get("conversations"), Sequence) and not isinstance(row["conversations"], str):
-        return [_message(m, "from", "value") for m in row["conversations"]]
-    for asks, answers in PAIRS:
-        if asks in row and answers in row:
-            extra = _text(row.get("input"))
-            question = _text(row[asks]) + (f"\n\n{extra}" if extra else "")
-            opening = [{"role": "system", "content": str(row["system"])}] if row.get("system") else []
-            return [
-                *opening,
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": _text(row[answers])},
-            ]
-    raise DataError(
-        f"no conversation in the columns {', '.join(map(repr, row))}",
-        expected="messages, conversations, or one of " + ", ".join(f"{a} and {b}" for a, b in PAIRS),
-    )
-
-
-def order_problems(roles: Sequence[str]) -> Iterator[Problem]:
-    """Turns in an order that templates do not expect: a system message inside, or nobody else between two turns."""
-    spoken = [role for role in roles if role != "system"]
-    expected = "a system message first if at all, then user and assistant in turn"
-    if "system" in roles[1:]:
-        yield Problem("system_not_first", "has a system message that is not the first", expected, severity="warning")
-    if any(one == other != "tool" for one, other in pairwise(spoken)):
-        yield Problem("turns_out_of_order", "has two turns of the same role in a row", expected, severity="warning")
-    if spoken[:1] == ["assistant"]:
-        yield Problem("assistant_first", "opens with the assistant", expected, severity="warning")
-    if spoken[-1:] == ["user"]:
-        yield Problem("ends_with_user", "ends with a question nobody answers", expected, severity="warning")
-
-
-def _message(message: Any, role: str, content: str) -> Message:
-    known = ROLES.get(str(message.get(role))) if isinstance(message, dict) else None
-    if known is None or not isinstance(message.get(content, 0), str | None):
-        raise DataError(
-            f"a message is {str(message)[:80]!r}",
-            expected=f"{role!r} (one of {', '.join(ROLES)}) and a text as {content!r}",
-        )
-    return {"role": known, "content": _text(message[content])}
-
-
-def _text(value: Any) -> str:
-    """A cell as text; data sets store what is missing as None."""
-    return "" if value is None else str(value)
 
 
 def _spans(pieces: Sequence[tuple[str, bool]]) -> list[tuple[int, int]]:

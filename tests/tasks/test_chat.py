@@ -94,6 +94,10 @@ def test_the_mask_covers_exactly_what_the_assistant_says(messages, text):
         {"instruction": "a", "output": "b"},
         {"instruction": "a", "input": "", "output": "b"},
         {"question": "a", "answer": "b"},
+        {"prompt": [message("user", "a")], "completion": [message("assistant", "b")]},
+        {"prompt": [message("user", "a")], "completion": "b"},
+        {"messages": [message("user", [{"type": "text", "text": "a"}]), message("assistant", "b")]},
+        {"messages": [message("user", "a") | {"name": None}, message("assistant", "b") | {"tool_calls": None}]},
     ],
     ids=lambda row: "-".join(row),
 )
@@ -101,6 +105,103 @@ def test_every_form_of_a_row_is_the_same_conversation(row):
     assert messages_of(row) == [message("user", "a"), message("assistant", "b")]
     TASK.check([row], "file")
     assert TASK.key(row) == "a"
+
+
+def test_sharegpt_speaks_of_humans_and_systems():
+    turns = [("system", "be brief"), ("human", "a"), ("gpt", "b")]
+    row = {"conversations": [{"from": who, "value": what} for who, what in turns]}
+    assert messages_of(row) == [message("system", "be brief"), message("user", "a"), message("assistant", "b")]
+
+
+def test_what_the_assistant_says_in_a_prompt_of_messages_is_context():
+    tokenizer = chat_tokenizer()
+    prompt = [message("user", "a"), message("assistant", "b"), message("user", "c")]
+    row = {"prompt": prompt, "completion": [message("assistant", "d")]}
+    (feature,) = TASK.encode([row], tokenizer)
+    text = f"{USER}a<end>{ASSISTANT}b<end>{USER}c<end>{ASSISTANT}[d<end>]"
+    assert marked(feature) == expected(text, tokenizer)
+    (feature,) = TASK.encode([row | {"system": "x"}], tokenizer)
+    assert marked(feature) == expected(f"{SYSTEM}x<end>{text}", tokenizer)
+
+
+def test_every_token_but_the_first_carries_loss_if_all_are_asked_for():
+    tokenizer = chat_tokenizer()
+    row = {"messages": CONVERSATIONS["two turns"][0]}
+    (feature,) = lightsft.task("chat", loss_on="all").encode([row], tokenizer)
+    (answers,) = TASK.encode([row], tokenizer)
+    assert feature["labels"] == feature["input_ids"] == answers["input_ids"]
+
+
+CALLING = (
+    "{% if tools %}{{ tools | length }} tools<end>{% endif %}{% for m in messages %}<{{ m['role'] }}>"
+    "{{ m['tool_calls'][0]['function']['name'] if m['tool_calls'] else m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CALL = [{"type": "function", "function": {"name": "clock", "arguments": {}}}]
+WITH_TOOLS = [
+    message("user", "time?"),
+    {"role": "assistant", "content": None, "tool_calls": CALL},
+    message("tool", "12:00"),
+    message("assistant", "noon"),
+]
+
+
+@pytest.mark.parametrize("tools", [[{"name": "clock"}], '[{"name": "clock"}]'], ids=["a list", "JSON"])
+def test_a_template_is_given_tools_and_calls(tools):
+    task = lightsft.task("chat", chat_template=CALLING)
+    row = {"messages": WITH_TOOLS, "tools": tools}
+    assert not list(task.problems(row))
+    assert not list(task.token_problems(row, chat_tokenizer()))
+    assert task.preview(row, chat_tokenizer()) == [
+        ("1 tools<end><user>time?<end><assistant>", False),
+        ("clock<end>", True),
+        ("<tool>12:00<end><assistant>", False),
+        ("noon<end>", True),
+    ]
+
+
+def test_tools_that_a_template_does_not_show_are_said():
+    row = {"prompt": "a", "completion": "b", "tools": [{"name": "clock"}]}
+    (problem,) = TASK.token_problems(row, chat_tokenizer())
+    assert (problem.code, problem.severity) == ("tools_not_shown", "warning")
+    (problem,) = TASK.token_problems(row | {"tools": "{"}, chat_tokenizer())
+    assert problem.code == "template_fails"
+    assert "no JSON" in problem.found
+
+
+@pytest.mark.parametrize(
+    ("roles", "codes"),
+    [
+        ("user assistant user assistant", []),
+        ("system user assistant", []),
+        ("user assistant tool tool assistant", []),
+        ("user system assistant", ["system_not_first"]),
+        ("user user assistant", ["turns_out_of_order"]),
+        ("assistant user assistant", ["assistant_first"]),
+        ("user assistant user", ["ends_with_user"]),
+    ],
+)
+def test_turns_out_of_order_are_worth_knowing(roles, codes):
+    row = {"messages": [message(role, "x") for role in roles.split()]}
+    found = list(TASK.problems(row))
+    assert [problem.code for problem in found] == codes
+    assert all(problem.severity == "warning" for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "code"),
+    [
+        ({"x": 1}, {}, "no_conversation"),
+        ({"prompt": "a", "completion": ""}, {}, "no_answer"),
+        ({"prompt": "a" * 50, "completion": "b"}, {"max_length": 20}, "target_cut_off"),
+        ({"prompt": "a", "completion": "b"}, {"chat_template": "{{ raise_exception('x') }}"}, "template_fails"),
+        ({"prompt": "a", "completion": "b"}, {"chat_template": "{{ 'a' + 1 }}"}, "template_fails"),
+    ],
+)
+def test_each_problem_of_a_row_has_its_name(row, options, code):
+    task = lightsft.task("chat", **options)
+    found = list(task.problems(row)) or list(task.token_problems(row, chat_tokenizer()))
+    assert [problem.code for problem in found] == [code]
 
 
 def test_an_input_follows_its_instruction_and_a_system_column_comes_first():
@@ -151,7 +252,14 @@ def test_the_preview_shows_the_mask():
         ({"messages": ["hello"]}, "a message is 'hello'"),
         ({"messages": []}, "no answer of the assistant"),
         ({"messages": [message("assistant", "welcome")]}, "no answer of the assistant"),
-        ({"messages": [message("user", [{"type": "text", "text": "a"}]), message("assistant", "b")]}, "a message is"),
+        ({"messages": [message("user", [{"type": "image"}]), message("assistant", "b")]}, "a message is"),
+        ({"messages": [message("user", [{"type": "text"}]), message("assistant", "b")]}, "a message is"),
+        ({"messages": [message("user", 3), message("assistant", "b")]}, "a message is"),
+        ({"text": "a plain text"}, "--task language-modeling for plain texts"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "compares two answers (chosen, rejected)"),
+        ({"prompt": "a", "completion": "b", "label": True}, "judges its answers"),
+        ({"prompt": "a", "completions": ["b"], "labels": [True]}, "judges its answers"),
+        ({"prompt": [message("user", "a"), message("assistant", "b")], "completion": ""}, "no answer of the assistant"),
         ({"prompt": "a", "completion": "  "}, "no answer of the assistant"),
         ({"messages": [message("user", "a")]}, "no answer of the assistant"),
         ({"messages": [message("user", "a"), {"role": "assistant", "content": None}]}, "no answer of the assistant"),
