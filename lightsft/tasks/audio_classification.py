@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,13 +21,16 @@ from lightsft.tasks.base import Array, Feature
 from lightsft.tasks.image_classification import content_of
 from lightsft.tasks.labelled import LABEL, Labelled
 
+SHORTEST = 0.1  # seconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class AudioClassification(Labelled):
     """Cross-entropy over `labels`; the checkpoint's feature extractor turns samples into what the model reads.
 
     audio: a column of paths, of {"bytes", "path"} or of {"array", "sampling_rate"} as `datasets` keeps them. Channels
-    are averaged, the rate is brought to the extractor's. max_seconds: longer recordings are cut.
+    are averaged, the rate is brought to the extractor's. max_seconds: longer recordings are cut. Silence is added to
+    what is shorter than a tenth of a second: less than a model's first layer reads at once has no output.
     """
 
     audio: str = "audio"
@@ -69,9 +73,16 @@ class AudioClassification(Labelled):
     def collate(self, features: Sequence[Feature], tokenizer: Any) -> dict[str, Tensor]:
         """What the extractor makes of the samples, padded."""
         rate = int(tokenizer.sampling_rate)
-        recordings = [resampled(*samples_of(f["_audio"]), rate)[: int(self.max_seconds * rate)] for f in features]
-        processed = tokenizer(recordings, sampling_rate=rate, padding=True, return_tensors="pt")
+        recordings = [self._heard(feature["_audio"], rate) for feature in features]
+        options = {"padding": True} if _pads_on_demand(tokenizer) else {}
+        processed = tokenizer(recordings, sampling_rate=rate, return_tensors="pt", **options)
         return {**processed, "labels": torch.tensor([feature["labels"] for feature in features])}
+
+    def _heard(self, cell: Any, rate: int) -> Array:
+        """(samples,) at this rate, of at most max_seconds and at least SHORTEST."""
+        samples, own = samples_of(cell)
+        sound = resampled(samples[: int(self.max_seconds * own)], own, rate)
+        return np.pad(sound, (0, max(0, int(SHORTEST * rate) - len(sound))))
 
     def preview(self, row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
         """The recording's name and length, and the label."""
@@ -82,7 +93,9 @@ class AudioClassification(Labelled):
 def samples_of(cell: Any) -> tuple[Array, int]:
     """(samples,) in fp32, the mean of all channels, and the rate in Hz."""
     if isinstance(cell, Mapping) and "array" in cell:
-        return _mono(np.asarray(cell["array"], dtype=np.float32).T), int(cell["sampling_rate"])
+        array = np.asarray(cell["array"])
+        scale = -float(np.iinfo(array.dtype).min) if array.dtype.kind == "i" else 1.0
+        return _mono(array.T.astype(np.float32) / np.float32(scale)), int(cell["sampling_rate"])
     try:
         import soundfile
     except ImportError as error:
@@ -100,6 +113,12 @@ def samples_of(cell: Any) -> tuple[Array, int]:
 
 def _mono(samples: Array) -> Array:
     return samples.mean(axis=1) if samples.ndim == 2 else samples
+
+
+def _pads_on_demand(extractor: Any) -> bool:
+    """Whether a batch is padded only if asked for; others pad every recording to the length that their model reads."""
+    asked = inspect.signature(extractor.__call__).parameters.get("padding")
+    return asked is not None and not asked.default
 
 
 def resampled(samples: Array, rate: int, wanted: int) -> Array:

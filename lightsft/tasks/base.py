@@ -140,14 +140,14 @@ class Task(ABC):
 
     # ---- the model
 
-    def model_inputs(self, inputs: Mapping[str, Tensor], labels: Tensor, config: Any) -> dict[str, Tensor]:
+    def model_inputs(self, inputs: Mapping[str, Tensor], labels: Tensor, model: Any) -> dict[str, Tensor]:
         """What the model is called with. A decoder is fed the labels; nothing else looks at them."""
         return dict(inputs)
 
     def forward(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Any:
         """What the model says of a batch."""
-        config = getattr(model, "module", model).config
-        return self.read_outputs(model(**self.model_inputs(inputs, labels, config)), inputs)
+        given = self.model_inputs(inputs, labels, getattr(model, "module", model))
+        return self.read_outputs(model(**given), inputs)
 
     def read_outputs(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Any:
         """What `loss` and `outcomes` are given."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize, relu
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize, relu
 
 from lightsft.data.batching import pad_features
 from lightsft.data.columns import ColumnKind
@@ -20,7 +20,7 @@ from lightsft.metrics.regression import pearson, spearman
 from lightsft.metrics.retrieval import retrieval_scores
 from lightsft.tasks.base import Array, Feature, Metrics, Task
 from lightsft.tasks.regression import number_of
-from lightsft.tasks.similarity import loss_of_labels, ranks_of_labels, ranks_of_pairs
+from lightsft.tasks.similarity import groups, loss_of_labels, ranks_of_labels, ranks_of_pairs
 from lightsft.tasks.texts import empty, filled, text_problems
 
 LOSSES = ("infonce", "triplet", "cosine", "labels")
@@ -30,7 +30,8 @@ LOSSES = ("infonce", "triplet", "cosine", "labels")
 class Embedding(Task):
     """Rows are pairs, triplets, pairs with a number, or labelled texts; u, v, w are unit vectors of their texts.
 
-    infonce   -log exp(u.v / t) / sum over all v, w of the batch of exp(u.v' / t): the others are wrong (1807.03748)
+    infonce   -log exp(u.v / t) / sum over all v, w of the batch of exp(u.v' / t): the others are wrong (1807.03748),
+              but those of rows with an equal text, which belong together
     triplet   max(0, margin - u.v + u.w), w a text that does not belong to u (1503.03832, with cosines)
     cosine    (u.v - number)^2
     labels    as infonce, with every other text of the same label as right (2004.11362)
@@ -153,11 +154,12 @@ class Embedding(Task):
         """Token ids of each text; the label as a number of its own, or the similarity."""
         limit = min(self.max_length, tokenizer.model_max_length)
         known: dict[str, int] = {}
+        belongs = groups([[str(row[column]) for column in self.text_columns[:2]] for row in rows])
         features = []
         for number, row in enumerate(rows):
             texts = [str(row[column]) for column in self.text_columns]
             encoded = tokenizer(texts, truncation=True, max_length=limit)
-            label: float = number
+            label: float = belongs[number]
             if self.loss_function == "cosine":
                 label = number_of(row[str(self.similarity)]) or 0.0
             elif self.loss_function == "labels":
@@ -185,7 +187,7 @@ class Embedding(Task):
 
     # ---- the model
 
-    def model_inputs(self, inputs: Mapping[str, Tensor], labels: Tensor, config: Any) -> dict[str, Tensor]:
+    def model_inputs(self, inputs: Mapping[str, Tensor], labels: Tensor, model: Any) -> dict[str, Tensor]:
         """The texts one below the other: (batch * texts, tokens)."""
         return {name: value.flatten(0, 1) for name, value in inputs.items()}
 
@@ -217,8 +219,10 @@ class Embedding(Task):
             total = relu(self.margin - right + wrong).sum()
         else:
             scores = outputs[:, 0] @ outputs[:, 1:].transpose(0, 1).flatten(0, 1).T / self.temperature
+            same = (labels[:, None] == labels[None, :]).fill_diagonal_(False).repeat(1, outputs.shape[1] - 1)
+            same[:, len(outputs) :] = False
             places = torch.arange(len(outputs), device=labels.device)
-            total = torch.nn.functional.cross_entropy(scores, places, reduction="sum")
+            total = cross_entropy(scores.masked_fill(same, -torch.inf), places, reduction="sum")
         return self.mean(total, labels, num_items_in_batch)
 
     def outcomes(self, outputs: Any, labels: Tensor) -> Tensor:

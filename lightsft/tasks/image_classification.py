@@ -42,8 +42,10 @@ class ImageClassification(Labelled):
         """What is no image, unknown labels."""
         try:
             with _opened(row.get(self.image)) as image:
-                image.verify()
-        except (OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
+                image.load()
+        except ConfigurationError:
+            raise
+        except Exception as error:  # whatever a decoder raises on what is broken
             yield Problem(
                 "broken_file",
                 f"has no readable image in {self.image!r}: {str(error)[:80]}",
@@ -99,5 +101,8 @@ def _opened(cell: Any) -> Any:
 
 
 def _as_rgb(cell: Any) -> Any:
+    """Turned as the camera says it was held; transparency is dropped."""
+    from PIL import ImageOps
+
     with _opened(cell) as image:
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from lightsft.data.columns import ColumnKind
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
+from lightsft.errors import ConfigurationError
 from lightsft.tasks.base import Array, Feature, sums_by_row
 from lightsft.tasks.language import LanguageTask
 from lightsft.tasks.texts import TEXT, text_problems
@@ -18,7 +19,8 @@ from lightsft.tasks.texts import TEXT, text_problems
 class LanguageModeling(LanguageTask):
     """Next-token cross-entropy on every token of plain texts, their end included; the score is the loss per token.
 
-    text: the column. max_length: in tokens; longer texts are read in windows of this length, so that nothing is cut.
+    text: the column. max_length: in tokens; longer texts are read in windows of this length. Each begins with the last
+    token of the one before, so that every token of a text but its first is predicted exactly once.
     """
 
     text: str = "text"
@@ -26,6 +28,11 @@ class LanguageModeling(LanguageTask):
 
     name: ClassVar[str] = "language-modeling"
     columns: ClassVar[Mapping[str, ColumnKind]] = {"text": TEXT}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length < 2:
+            raise ConfigurationError(f"max_length={self.max_length}", expected="at least 2: a token and the next one")
 
     def text_of(self, row: Row) -> str:
         """The text."""
@@ -46,12 +53,9 @@ class LanguageModeling(LanguageTask):
         features = []
         for number, row in enumerate(rows):
             ids = self._ids(row, tokenizer)
-            for start in range(0, len(ids), size):
+            for start in range(0, max(1, len(ids) - 1), size - 1):
                 part = ids[start : start + size]
-                if len(part) > 1 or start == 0:
-                    features.append(
-                        {"input_ids": part, "attention_mask": [1] * len(part), "labels": part, "_row": number}
-                    )
+                features.append({"input_ids": part, "attention_mask": [1] * len(part), "labels": part, "_row": number})
         return features
 
     def _ids(self, row: Row, tokenizer: Any) -> list[int]:

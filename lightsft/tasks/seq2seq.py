@@ -27,8 +27,8 @@ class Seq2Seq(WritingTask):
 
     source, target: columns. template: what the model reads, with {source} in it ("translate English to German:
     {source}"); by default the source, for a decoder alone with an empty line after it. max_length, max_target_length:
-    in tokens; what is longer is cut, for a decoder alone the source first, and the beginning of the target is kept.
-    decoder_only: found from the model.
+    in tokens; of what is longer the end of the source is cut, not the template around it, and a target is cut to
+    max_target_length alone. decoder_only: found from the model, which then reads both as one text of max_length.
     """
 
     source: str = "source"
@@ -89,12 +89,12 @@ class Seq2Seq(WritingTask):
 
     def token_problems(self, row: Row, tokenizer: Any) -> Iterator[Problem]:
         """A target that is cut is worth knowing."""
-        length = len(self._target_ids(row, tokenizer))
-        if length > self.max_target_length:
+        length, limit = len(self._target_ids(row, tokenizer)), self._target_limit(tokenizer)
+        if length > limit:
             yield Problem(
                 "target_cut",
                 f"has a target of {length} tokens",
-                f"at most {self.max_target_length}",
+                f"at most {limit}",
                 "raise max_target_length",
                 severity="warning",
             )
@@ -107,17 +107,33 @@ class Seq2Seq(WritingTask):
         return [encode(row, tokenizer) for row in rows]
 
     def _as_two(self, row: Row, tokenizer: Any) -> Feature:
-        limit = min(self.max_length, tokenizer.model_max_length)
-        read = tokenizer(self.render(row, tokenizer), truncation=True, max_length=limit)
+        read = self._source_ids(row, tokenizer, min(self.max_length, tokenizer.model_max_length))
         target = self._target_ids(row, tokenizer)[: self.max_target_length]
-        return {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"], "labels": target}
+        return {"input_ids": read, "attention_mask": [1] * len(read), "labels": target}
 
     def _as_one(self, row: Row, tokenizer: Any) -> Feature:
-        target = self._target_ids(row, tokenizer)[: self.max_target_length]
-        room = min(self.max_length, tokenizer.model_max_length) - len(target)
-        read = _without_end(tokenizer(self.render(row, tokenizer), truncation=False)["input_ids"], tokenizer)[:room]
+        target = self._target_ids(row, tokenizer)[: self._target_limit(tokenizer)]
+        read = self._source_ids(row, tokenizer, min(self.max_length, tokenizer.model_max_length) - len(target))
         ids = read + target
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(read) + target}
+
+    def _target_limit(self, tokenizer: Any) -> int:
+        """Tokens of a target; with the source in one text there is a token left for that."""
+        beside = tokenizer.model_max_length - 1 if self.decoder_only else self.max_target_length
+        return int(min(self.max_target_length, beside))
+
+    def _source_ids(self, row: Row, tokenizer: Any, room: int) -> list[int]:
+        """At most `room` tokens of the source in its template, cut at the end of the source."""
+        encoded = tokenizer(self.render(row, tokenizer), return_offsets_mapping=True, truncation=False, verbose=False)
+        ids = list(encoded["input_ids"])
+        first = len((self.template or PLACE).partition(PLACE)[0])
+        last = first + len(str(row[self.source]))
+        inside = [place for place, (a, b) in enumerate(encoded["offset_mapping"]) if first <= a < b <= last]
+        ended = self.decoder_only and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+        if ended:  # a prompt is not over: some tokenizers end every text
+            ids = ids[:-1]
+        excess = set(inside[-(len(ids) - room) :] if len(ids) > room else ())
+        return [token for place, token in enumerate(ids) if place not in excess][:room]
 
     def _target_ids(self, row: Row, tokenizer: Any) -> list[int]:
         """The target as the decoder writes it, its end token last."""
@@ -143,13 +159,11 @@ class Seq2Seq(WritingTask):
 
     # ---- the model
 
-    def model_inputs(self, inputs: Mapping[str, Tensor], labels: Tensor, config: Any) -> dict[str, Tensor]:
+    def model_inputs(self, inputs: Mapping[str, Tensor], labels: Tensor, model: Any) -> dict[str, Tensor]:
         """The decoder reads the target one step behind, from its start token on."""
         if self.decoder_only:
             return dict(inputs)
-        behind = labels.new_full(labels.shape, config.decoder_start_token_id)
-        behind[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, config.pad_token_id)
-        return {**inputs, "decoder_input_ids": behind}
+        return {**inputs, "decoder_input_ids": one_step_behind(labels, model)}
 
     def prompts(self, inputs: Mapping[str, Tensor], labels: Tensor, padding: int) -> dict[str, Tensor]:
         """What the encoder reads, or what comes before the target."""
@@ -163,7 +177,18 @@ class Seq2Seq(WritingTask):
         return [(tokenizer.decode(feature["input_ids"]), False), (tokenizer.decode(feature["labels"]), True)]
 
 
-def _without_end(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """A prompt is not over: some tokenizers end every text."""
-    end = tokenizer.eos_token_id
-    return list(ids[:-1]) if end is not None and len(ids) > 1 and ids[-1] == end else list(ids)
+def one_step_behind(labels: Tensor, model: Any) -> Tensor:
+    """(batch, tokens) what the decoder reads to predict `labels`, as the model makes it where it says how."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        own: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return own
+    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
+    if start is None or padding is None:
+        raise ConfigurationError(
+            f"{type(model).__name__} has decoder_start_token_id={start} and pad_token_id={padding}",
+            expected="a configuration that names the token that decoding starts from, and the padding",
+            todo="set them in the model's config.json",
+        )
+    behind = labels.new_full(labels.shape, start)
+    behind[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, padding)
+    return behind

@@ -24,6 +24,22 @@ def loss_of_labels(vectors: Tensor, labels: Tensor, temperature: float) -> Tenso
     return found.sum()
 
 
+def groups(texts: Sequence[Sequence[str]]) -> list[int]:
+    """A number for each row: the same for rows that share a text, also by way of other rows."""
+    first: dict[str, int] = {}
+    parents = list(range(len(texts)))
+
+    def root(row: int) -> int:
+        while parents[row] != row:
+            parents[row] = row = parents[parents[row]]
+        return row
+
+    for number, row in enumerate(texts):
+        for text in row:
+            parents[root(number)] = root(first.setdefault(text, number))
+    return [root(number) for number in range(len(texts))]
+
+
 def ranks_of_pairs(vectors: Array, texts: Sequence[Sequence[str]]) -> Array:
     """(rows, k) ranks of the texts that belong to each row's first text, among all other texts of all rows.
 

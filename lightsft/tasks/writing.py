@@ -16,6 +16,7 @@ from lightsft.errors import ConfigurationError
 from lightsft.tasks.base import Array, Feature, Metrics
 from lightsft.tasks.language import COUNTS, LanguageTask
 
+NOTHING = -1  # in the place of a token, where none was written
 TEXT_METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
 
 
@@ -51,7 +52,7 @@ class WritingTask(LanguageTask, ABC):
             )
 
     def generations(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor | None:
-        """(batch, generate) token ids that follow each prompt, -1 after their end."""
+        """(batch, generate) token ids that follow each prompt, NOTHING after their end."""
         if not self.generate:
             return None
         prompts = self.prompts(inputs, labels, padding=_padding(model))
@@ -63,7 +64,7 @@ class WritingTask(LanguageTask, ABC):
             pad_token_id=_padding(model),
         )
         new = written[:, prompts["input_ids"].shape[1] :] if self.shifts else written[:, 1:]
-        return torch.nn.functional.pad(new, (0, self.generate - new.shape[1]), value=_padding(model))
+        return torch.nn.functional.pad(_to_the_end(new, model), (0, self.generate - new.shape[1]), value=NOTHING)
 
     def prompts(self, inputs: Mapping[str, Tensor], labels: Tensor, padding: int) -> dict[str, Tensor]:
         """What comes before the last run of supervised tokens in each row, padded on the left."""
@@ -83,7 +84,8 @@ class WritingTask(LanguageTask, ABC):
             return outcomes
         from lightsft.metrics.generation import text_statistics
 
-        written = tokenizer.batch_decode(outcomes[:, COUNTS:].astype(int), skip_special_tokens=True)
+        tokens = [[token for token in row if token != NOTHING] for row in outcomes[:, COUNTS:].astype(int).tolist()]
+        written = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         wanted = tokenizer.batch_decode([last_run(f["labels"]) for f in features], skip_special_tokens=True)
         statistics = text_statistics([text.strip() for text in written], [[text.strip()] for text in wanted])
         return np.column_stack([outcomes[:, :COUNTS], statistics])
@@ -113,6 +115,16 @@ def last_run(labels: Sequence[int]) -> list[int]:
     while start and labels[start - 1] != IGNORED:
         start -= 1
     return list(labels[start:end])
+
+
+def _to_the_end(written: Tensor, model: Any) -> Tensor:
+    """(batch, tokens) with NOTHING behind the first end token: the padding there is a word in some vocabularies."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return written
+    over = torch.isin(written, torch.tensor(ends, device=written.device)).cumsum(dim=1)
+    ended_before = torch.nn.functional.pad(over, (1, 0))[:, :-1] > 0
+    return written.masked_fill(ended_before, NOTHING)
 
 
 def _padding(model: Any) -> int:
