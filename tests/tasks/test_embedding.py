@@ -84,7 +84,7 @@ def test_rows_belong_together_also_by_way_of_others(texts, expected):
 def test_triplet_loss_is_the_formula():
     given = vectors(texts=3).double()
     total = sum(max(0.0, 0.3 - float(u @ v) + float(u @ w)) for u, v, w in given)
-    assert 0 < total
+    assert total > 0
     assert TRIPLETS.loss(given, torch.arange(5)).item() == pytest.approx(total / 5)
 
 
