@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-Kind = Literal["messages", "file", "tokens", "tags", "list", "text", "number", "label", "any"]
+Kind = Literal["messages", "file", "tokens", "tags", "list", "answers", "labels", "text", "number", "label"]
 Values = Sequence[Any]
 
 MOST_CLASSES = 100  # different values of a label that no name gives away
@@ -61,6 +61,11 @@ def is_tags(value: Any) -> bool:
     return is_list(value) and all(isinstance(one, str | int) for one in value)
 
 
+def is_answers(value: Any) -> bool:
+    """Answers as SQuAD stores them ({"text", "answer_start"}), a list of answers, or one text."""
+    return (isinstance(value, Mapping) and "text" in value) or is_list(value) or is_text(value)
+
+
 def is_messages(value: Any) -> bool:
     """A list of turns, each with a role and a text."""
     return (
@@ -87,10 +92,11 @@ FITS: dict[Kind, Callable[[Any], bool]] = {
     "tokens": is_tokens,
     "tags": is_tags,
     "list": is_list,
+    "answers": is_answers,
+    "labels": is_label,
     "text": is_text,
     "number": is_number,
     "label": is_label,
-    "any": lambda value: True,
 }
 
 
@@ -103,10 +109,10 @@ def by_content(
     """
     there = {name: filled(values) for name, values in left.items()}
     fitting = {name: values for name, values in there.items() if values and all(map(FITS[kind], values))}
-    if kind == "any":  # only a name can tell
-        return []
     if kind == "text":
         return _longest({name: values for name, values in fitting.items() if isinstance(values[0], str)})
+    if kind in ("answers", "labels"):  # a text is one by its name alone
+        return [name for name, values in fitting.items() if not any(map(is_text, values))]
     if kind == "label":
         return [name for name, values in fitting.items() if _is_label_column(values)]
     if kind == "number":
