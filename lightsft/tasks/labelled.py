@@ -119,7 +119,8 @@ class Labelled(Task, ABC):
         logits, weights = outputs.logits.float(), self._weights(labels)
         if self.focal_gamma:
             likelihood = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-            losses = -((1 - likelihood.exp()) ** self.focal_gamma) * likelihood
+            others = (-likelihood.expm1()).clamp_min(torch.finfo(likelihood.dtype).tiny)  # 0 ** gamma has no gradient
+            losses = -(others**self.focal_gamma) * likelihood
             total = losses.sum() if weights is None else (losses * weights[labels]).sum()
         else:
             total = cross_entropy(logits, labels, weight=weights, label_smoothing=self.label_smoothing, reduction="sum")

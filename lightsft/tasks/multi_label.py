@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from lightsft.data.columns import ColumnKind
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row, require_columns
-from lightsft.errors import DataError
+from lightsft.errors import ConfigurationError, DataError
 from lightsft.metrics.multilabel import multilabel_per_class, multilabel_scores
 from lightsft.tasks.base import Array, Feature, Metrics, Task
 from lightsft.tasks.labelled import MOST_LABELS, in_order, require_weights
@@ -49,13 +49,15 @@ class MultiLabel(Task):
     columns: ClassVar[Mapping[str, ColumnKind]] = {
         "text": TEXT,
         "text_pair": PAIR,
-        "label": ColumnKind(("labels", "label", "tags", "topics", "categories", "genres", "emotions"), "list"),
+        "label": ColumnKind(("labels", "label", "tags", "topics", "categories", "genres", "emotions"), "labels"),
     }
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise DataError(f"the labels are {', '.join(self.labels)}", expected="at least two different labels")
+        if not 0 < self.threshold < 1:
+            raise ConfigurationError(f"threshold={self.threshold}", expected="a probability between 0 and 1")
         require_weights("positive_weights", self.positive_weights, len(self.labels))
         if self.positive_weights is not None:
             object.__setattr__(self, "positive_weights", tuple(map(float, self.positive_weights)))

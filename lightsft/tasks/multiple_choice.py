@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -17,6 +18,7 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
 from lightsft.errors import DataError
 from lightsft.tasks.base import Array, Feature, Metrics, Task
+from lightsft.tasks.regression import whole_number
 from lightsft.tasks.texts import empty, filled, text_problems
 
 # Columns that hold one choice each, in the order in which they are looked for.
@@ -29,14 +31,15 @@ class MultipleChoice(Task):
     """-log softmax(logits)[right choice] over the choices of each question; the score is the accuracy.
 
     question: a column. choices: a column of lists; or several columns, a choice each (choice0, choice1, ...; A, B,
-    ...). label: the number of the right one from 0, its letter, or its text; numbers from 1 where none is 0
-    (`counts_from`). max_length: in tokens, of a question with one choice; the question is cut first.
+    ...). label: the number of the right one, its name in the data ({"text": [...], "label": [...]}), its letter or its
+    text. counts_from: the number of the first choice, None where labels are no numbers even if they look like it; found
+    from the rows. max_length: in tokens, of a question with one choice; the longer of the two is cut.
     """
 
     question: str = "question"
     choices: tuple[str, ...] = ("choices",)
     label: str = "label"
-    counts_from: int = 0
+    counts_from: int | None = 0
     max_length: int = 128
 
     name: ClassVar[str] = "multiple-choice"
@@ -57,10 +60,16 @@ class MultipleChoice(Task):
         options = {**cls.found_columns(rows, source, options), **options}
         if options.get("choices") is None:
             options["choices"] = choice_columns(list(rows[0]), source)
-        if options.get("counts_from") is None:
-            numbers = {str(row[options["label"]]) for row in rows}
-            options["counts_from"] = int(all(number.isdigit() for number in numbers) and "0" not in numbers)
-        return cls(**options)
+        made = cls(**options)
+        return made if "counts_from" in options else dataclasses.replace(made, counts_from=made._first_number(rows))
+
+    def _first_number(self, rows: Sequence[Row]) -> int | None:
+        """1 where all labels are numbers and none is 0; None where all of them are texts of their choices."""
+        given = [row for row in rows if filled(row, self.label)]
+        if given and all(str(row[self.label]).strip() in self.choices_of(row) for row in given):
+            return None
+        numbers = [whole_number(row[self.label]) for row in given]
+        return int(bool(numbers) and None not in numbers and 0 not in numbers)
 
     def used_columns(self) -> list[str]:
         """The question, the choices and the label."""
@@ -76,20 +85,25 @@ class MultipleChoice(Task):
         """The choices as texts."""
         if len(self.choices) > 1:
             return [str(row[column]) for column in self.choices if filled(row, column)]
-        cell = row[self.choices[0]]
+        cell = row.get(self.choices[0])
         cell = cell.get("text", ()) if isinstance(cell, Mapping) else cell  # ARC's form
         return [str(choice) for choice in cell] if isinstance(cell, list | tuple) else []
 
     def index(self, row: Row) -> int:
         """The number of the right choice from 0; -1 where there is none."""
         choices, label = self.choices_of(row), str(row.get(self.label)).strip()
-        if label.isdigit():
-            number = int(label) - self.counts_from
+        cell = row.get(self.choices[0])
+        names = [str(name) for name in cell.get("label") or ()] if isinstance(cell, Mapping) else []
+        number = None if self.counts_from is None else whole_number(row.get(self.label))
+        if label in names:
+            found = names.index(label)
+        elif number is not None and 0 <= number - (self.counts_from or 0) < len(choices):
+            found = number - (self.counts_from or 0)
         elif label in choices:
-            number = choices.index(label)
+            found = choices.index(label)
         else:
-            number = LETTERS.find(label.upper()) if len(label) == 1 else -1
-        return number if 0 <= number < len(choices) else -1
+            found = LETTERS.find(label.upper()) if len(label) == 1 else -1
+        return found if found < len(choices) else -1
 
     def target_of(self, row: Row) -> str:
         """The right choice."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -15,17 +15,15 @@ from lightsft.data.batching import pad_features
 from lightsft.data.columns import ColumnKind
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
+from lightsft.errors import ConfigurationError, DataError
 from lightsft.metrics.answers import answer_outcome, answer_scores, best_threshold
+from lightsft.tasks.answer_cells import answers_of, characters_of
 from lightsft.tasks.base import Array, Feature, Metrics, Task
 from lightsft.tasks.spans import best_spans, within
-from lightsft.tasks.texts import filled, text_problems
+from lightsft.tasks.texts import text_problems
+from lightsft.tasks.windows import room_beside
 
-
-class Answer(NamedTuple):
-    """A text, and where it begins in the context; -1 where nobody said."""
-
-    text: str
-    start: int
+READ = ("input_ids", "attention_mask", "token_type_ids")  # what models read of a feature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,8 @@ class QuestionAnswering(Task):
 
     question, context, answers: columns; answers in SQuAD's form ({"text": [...], "answer_start": [...]}), a list of
     answers, or one text. Several answers are trained on by the first and scored by the best. max_length, stride: in
-    tokens; longer contexts are read in windows that overlap by `stride`, and the best span of all windows is taken.
+    tokens; longer contexts are read in windows that overlap by `stride` (by half of a window's room for the context if
+    that is less), and the best span of all windows is taken.
     max_answer_length: of a predicted span, in tokens. unanswerable: whether "none" may be predicted, which it is where
     its score exceeds the best span's by `null_threshold` (1806.03822). language: of the answers' normalisation.
     """
@@ -57,8 +56,15 @@ class QuestionAnswering(Task):
     columns: ClassVar[Mapping[str, ColumnKind]] = {
         "question": ColumnKind(("question", "query"), "text"),
         "context": ColumnKind(("context", "passage", "paragraph", "document"), "text"),
-        "answers": ColumnKind(("answers", "answer"), "any"),
+        "answers": ColumnKind(("answers", "answer"), "answers"),
     }
+
+    def __post_init__(self) -> None:
+        if self.stride < 0 or self.max_answer_length < 1:
+            raise ConfigurationError(
+                f"stride={self.stride}, max_answer_length={self.max_answer_length}",
+                expected="a stride of at least 0 and answers of at least one token",
+            )
 
     @classmethod
     def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
@@ -108,46 +114,75 @@ class QuestionAnswering(Task):
             todo = 'take --task "question-answering(unanswerable=true)"'
             yield Problem("no_answer", "has no answer", "an answer in every row", todo)
 
+    def token_problems(self, row: Row, tokenizer: Any) -> Iterator[Problem]:
+        """A question that leaves no room, a context without tokens, an answer that no window holds whole."""
+        try:
+            features = self._windows(row, tokenizer)
+        except DataError as error:
+            yield Problem("no_room", f"cannot be read: {error.found}", error.expected, error.todo)
+            return
+        spans = [(begin, end) for feature in features for begin, end in [feature["labels"][:2]] if begin]
+        longest = max((end - begin + 1 for begin, end in spans), default=0)
+        if answers_of(row, self.answers) and not spans:
+            yield Problem(
+                "answer_cut",
+                f"has an answer that no window of {self.max_length} tokens holds whole",
+                "an answer that one of the overlapping windows holds",
+                "raise --max-length or the option stride",
+            )
+        elif longest > self.max_answer_length:
+            yield Problem(
+                "long_answer",
+                f"has an answer of {longest} tokens",
+                f"at most {self.max_answer_length}: longer ones are never predicted",
+                "raise the option max_answer_length",
+                severity="warning",
+            )
+
     # ---- features
 
     def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[Feature]:
         """Windows of question and context; labels: start and end of the answer, first and last token of the context."""
         features = []
         for number, row in enumerate(rows):
-            found = answers_of(row, self.answers)
-            encoded = tokenizer(
-                str(row[self.question]).strip(),
-                str(row[self.context]),
-                truncation="only_second",
-                max_length=min(self.max_length, tokenizer.model_max_length),
-                stride=self.stride,
-                return_overflowing_tokens=True,
-                return_offsets_mapping=True,
-            )
-            for part in range(len(encoded["input_ids"])):
-                offsets = encoded["offset_mapping"][part]
-                places = [i for i, sequence in enumerate(encoded.sequence_ids(part)) if sequence == 1]
-                first, last = places[0], places[-1]
-                span = within(self._characters(found, row), offsets, first, last)
-                names = ("input_ids", "attention_mask", "token_type_ids")
-                features.append(
-                    {
-                        **{name: encoded[name][part] for name in names if name in encoded},
-                        "labels": [*(span or (0, 0)), first, last],
-                        "_row": number,
-                        "_offsets": offsets,
-                        "_context": str(row[self.context]),
-                        "_answers": [answer.text for answer in found],
-                    }
-                )
+            try:
+                found = self._windows(row, tokenizer)
+            except DataError as error:
+                raise DataError(f"row {number + 1}: {error.found}", expected=error.expected, todo=error.todo) from error
+            features += [{**feature, "_row": number} for feature in found]
         return features
 
-    def _characters(self, found: Sequence[Answer], row: Row) -> tuple[int, int] | None:
-        """Characters [start, end) of the first answer."""
-        if not found:
-            return None
-        start = found[0].start if found[0].start >= 0 else str(row[self.context]).find(found[0].text)
-        return start, start + len(found[0].text)
+    def _windows(self, row: Row, tokenizer: Any) -> list[Feature]:
+        question, context = str(row[self.question]).strip(), str(row[self.context])
+        room = room_beside(question, tokenizer, self.max_length)
+        if room < 1:
+            raise DataError(
+                f"the question {question[:60]!r} leaves no room for the context in {self.max_length} tokens",
+                expected="a shorter question",
+                todo="raise --max-length",
+            )
+        encoded = tokenizer(
+            question,
+            context,
+            truncation="only_second",
+            max_length=min(self.max_length, tokenizer.model_max_length),
+            stride=min(self.stride, room // 2),
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        found = answers_of(row, self.answers)
+        shared = {"_context": context, "_answers": [answer.text for answer in found]}
+        characters = characters_of(found, context)
+        windows = []
+        for part in range(len(encoded["input_ids"])):
+            offsets = encoded["offset_mapping"][part]
+            places = [i for i, sequence in enumerate(encoded.sequence_ids(part)) if sequence == 1]
+            if not places:
+                raise DataError("no token is left of the context", expected="a text that the tokenizer knows")
+            span = within(characters, offsets, places[0], places[-1]) or (0, 0)
+            tokens = {name: encoded[name][part] for name in READ if name in encoded}
+            windows.append({**tokens, "labels": [*span, places[0], places[-1]], "_offsets": offsets, **shared})
+        return windows
 
     def collate(self, features: Sequence[Feature], tokenizer: Any) -> dict[str, Tensor]:
         """Padded on the right: labels are places."""
@@ -208,21 +243,6 @@ class QuestionAnswering(Task):
             return None
         has_answer = [float(bool(answers_of(row, self.answers))) for row in rows]
         return self.metrics(np.array([[0.0, 1.0, np.inf, 0.0, 0.0, has] for has in has_answer]))
-
-
-def answers_of(row: Row, column: str) -> list[Answer]:
-    """The answers of a row in any of the forms in use; none for a question without one."""
-    cell = row.get(column)
-    if isinstance(cell, Mapping):
-        texts, starts = cell.get("text", ()), cell.get("answer_start", ())
-        texts, starts = ([texts], [starts]) if isinstance(texts, str) else (list(texts), list(starts))
-        starts += [-1] * (len(texts) - len(starts))
-        return [Answer(str(text), int(start)) for text, start in zip(texts, starts, strict=True) if str(text)]
-    if isinstance(cell, list | tuple):
-        return [answer for part in cell for answer in answers_of({column: part}, column)]
-    if not filled(row, column):
-        return []
-    return [Answer(str(cell), int(row.get("answer_start", -1)))]
 
 
 def allowed(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:

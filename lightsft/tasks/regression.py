@@ -105,3 +105,9 @@ def number_of(cell: Any) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
+
+
+def whole_number(cell: Any) -> int | None:
+    """A cell as a whole number; 1.0 is one, since columns with gaps are read as floating point."""
+    number = number_of(cell)
+    return None if number is None or number != int(number) else int(number)

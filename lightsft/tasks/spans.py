@@ -11,15 +11,17 @@ from torch import Tensor
 def within(
     characters: tuple[int, int] | None, offsets: Sequence[tuple[int, int]], first: int, last: int
 ) -> tuple[int, int] | None:
-    """The tokens among first..last that characters [start, end) lie in; None where the window does not hold all."""
+    """The first and the last token among first..last with a part of characters [start, end).
+
+    None where the window does not hold all of them. Several tokens may stand for one character (its bytes).
+    """
     if characters is None:
         return None
     start, end = characters
     if offsets[first][0] > start or offsets[last][1] < end:
         return None
-    begins = max(i for i in range(first, last + 1) if offsets[i][0] <= start)
-    ends = min(i for i in range(first, last + 1) if offsets[i][1] >= end)
-    return begins, max(begins, ends)
+    touched = [i for i in range(first, last + 1) if offsets[i][1] > start and offsets[i][0] < end]
+    return (touched[0], touched[-1]) if touched else None
 
 
 def best_spans(start: Tensor, end: Tensor, first: Tensor, last: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:

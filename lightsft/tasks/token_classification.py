@@ -17,9 +17,18 @@ from lightsft.data.columns import ColumnKind
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row, require_columns
 from lightsft.errors import DataError
-from lightsft.metrics.entities import broken, counts, entity_per_type, entity_scores, scheme_of, types_of
+from lightsft.metrics.entities import (
+    broken,
+    counts,
+    entity_per_type,
+    entity_scores,
+    find_entities,
+    scheme_of,
+    types_of,
+)
 from lightsft.tasks.base import Array, Feature, Metrics, Task
 from lightsft.tasks.labelled import in_order
+from lightsft.tasks.regression import whole_number
 from lightsft.tasks.windows import windows_of_words
 
 PLAIN = "plain"  # tags without entities, such as parts of speech
@@ -32,8 +41,9 @@ class TokenClassification(Task):
 
     tokens, tags: columns of lists, one tag per word. labels: the tags, in the head's order. scheme: BIO, IOB1, BIOES,
     BILOU, BMES, IO, or plain for tags without entities; by default what the tags look like. predicate: a column with
-    the number of a word (semantic role labelling); that word is put in front of the sentence, as a second text
-    (1904.05255). max_length: in tokens; longer sentences are read in several windows, so that no word goes untagged.
+    the number of a word from 0 (semantic role labelling); that word is a text of its own beside the sentence
+    (1904.05255), before it, and stands between marks in it. max_length: in tokens; longer sentences are read in several
+    windows, so that no word goes untagged.
     """
 
     tokens: str = "tokens"
@@ -65,14 +75,14 @@ class TokenClassification(Task):
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise DataError(f"the tags are {', '.join(self.labels)}", expected="at least two different tags")
         if self.scheme != PLAIN:
-            types_of(self.labels, self.scheme)  # refuses what is no scheme
+            find_entities(self.labels, self.scheme)  # refuses what is no scheme, and tags that it does not have
 
     @classmethod
     def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
         """Columns by name and content, tags as they occur, the scheme that they look like."""
         options = {**cls.found_columns(rows, source, options), **options}
         require_columns(rows, [options["tokens"], options["tags"]], source)
-        cells = [row[options["tags"]] for row in rows]
+        cells = [row.get(options["tags"]) for row in rows]
         listed = [tuple(map(str, cell)) for cell in cells if isinstance(cell, list | tuple)]
         if not listed:
             raise DataError(
@@ -103,7 +113,7 @@ class TokenClassification(Task):
         expected = "a list of words and a list of as many tags"
         if not isinstance(words, list | tuple) or not isinstance(tags, list | tuple):
             yield Problem("no_list", f"has no list in {self.tokens!r} or {self.tags!r}", expected)
-        elif not words:
+        elif not any(str(word).strip() for word in words):
             yield Problem("empty_cell", "has no words", expected, "remove the row")
         elif len(words) != len(tags):
             yield Problem("tags_do_not_match", f"has {len(words)} words and {len(tags)} tags", expected)
@@ -115,6 +125,7 @@ class TokenClassification(Task):
                 "correct the row, or name all tags with --labels",
             )
         else:
+            yield from _blank(words)
             yield from self._broken(tags)
             yield from self._predicate_problems(row, len(words))
 
@@ -134,14 +145,30 @@ class TokenClassification(Task):
     def _predicate_problems(self, row: Row, words: int) -> Iterator[Problem]:
         if self.predicate is None:
             return
-        number = row.get(self.predicate)
-        if not str(number).isdigit() or int(str(number)) >= words:
+        number = whole_number(row.get(self.predicate))
+        if number is None or not 0 <= number < words:
             yield Problem(
                 "no_predicate",
-                f"has {number!r} in {self.predicate!r}",
+                f"has {row.get(self.predicate)!r} in {self.predicate!r}",
                 f"the number of a word, from 0 to {words - 1}",
                 "correct the row",
             )
+
+    def token_problems(self, row: Row, tokenizer: Any) -> Iterator[Problem]:
+        """Words of which the tokenizer leaves nothing: they carry no loss, and are never predicted."""
+        try:
+            places = {word for feature in self.encode([row], tokenizer) for word in feature["_words"]}
+        except DataError as error:
+            yield Problem("no_room", f"cannot be read: {error.found}", error.expected, error.todo)
+            return
+        lost = [number for number in range(len(row[self.tokens])) if number not in places]
+        expected, todo = "at least one token per word", "correct the words; such a word is predicted without a tag"
+        if len(lost) == len(row[self.tokens]):
+            yield Problem("no_tokens", "has no word that leaves a token", expected, todo)
+        elif lost and any(str(row[self.tokens][number]).strip() for number in lost):
+            number = next(number for number in lost if str(row[self.tokens][number]).strip())
+            found = f"has the word {str(row[self.tokens][number])!r}, of which no token is left"
+            yield Problem("no_tokens", found, expected, todo, severity="warning")
 
     # ---- features
 
@@ -152,8 +179,8 @@ class TokenClassification(Task):
         for number, row in enumerate(rows):
             words = [str(word) for word in row[self.tokens]]
             tags = [index.get(str(tag), IGNORED) for tag in row.get(self.tags) or [None] * len(words)]
-            front = None if self.predicate is None else words[int(row[self.predicate])]
-            for feature, places in windows_of_words(words, tokenizer, self.max_length, front):
+            marked = None if self.predicate is None else whole_number(row[self.predicate])
+            for feature, places in windows_of_words(words, tokenizer, self.max_length, marked):
                 labels = [IGNORED if word is None else tags[word] for word in places]
                 features.append({**feature, "labels": labels, "_words": places, "_row": number, "_tags": tags})
         return features
@@ -222,3 +249,12 @@ class TokenClassification(Task):
         truth = [[index[str(tag)] for tag in row[self.tags]] for row in rows]
         likelihood = -np.log(max(1e-12, tags.count(self.labels[most]) / len(tags)))
         return self.metrics(np.array([self._outcome(likelihood * len(t), [most] * len(t), t) for t in truth]))
+
+
+def _blank(words: Sequence[Any]) -> Iterator[Problem]:
+    """Words without a letter: no token stands for them."""
+    blank = [number for number, word in enumerate(words, 1) if not str(word).strip()]
+    if blank:
+        found = f"has a word without a character (word {blank[0]}; {len(blank)} such words)"
+        todo = "remove them with their tags; such a word is predicted without a tag"
+        yield Problem("blank_word", found, "words", todo, severity="warning")
