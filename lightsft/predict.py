@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 
 from lightsft import adapter_files, artifact
 from lightsft.backbone import Backbone
-from lightsft.dry_run import evaluating
-from lightsft.errors import BackboneError, ConfigurationError
+from lightsft.checkpoint_task import task_of
+from lightsft.data.reading import Row
+from lightsft.dry_run import evaluating, text_config
+from lightsft.errors import ConfigurationError
+from lightsft.tasks import Task, options_of, task_class
 from lightsft.tasks.chat import Chat
 
 DEFAULT_LENGTH = 512
@@ -32,7 +36,7 @@ class Predictor:
             artifact.load(directory, backbone)
             settings = (adapter_files.read_settings(directory) or {}).get("task") or {}
         else:
-            backbone = Backbone.load(directory, task=_task_of(directory), dtype=dtype, device=device)
+            backbone = Backbone.load(directory, task=task_of(directory), dtype=dtype, device=device)
             settings = {}
         self._use(backbone, settings)
 
@@ -46,6 +50,35 @@ class Predictor:
     def _use(self, backbone: Backbone, settings: Mapping[str, Any]) -> None:
         self.backbone, self.settings = backbone, settings
         self.task = backbone.task or "classification"
+
+    @cached_property
+    def chosen(self) -> Task:
+        """The task with its settings; where nothing but a checkpoint says any, with the model's labels."""
+        kind = task_class(self.task)
+        known = {name: value for name, value in self.settings.items() if name in options_of(kind)}
+        if set(known) - {"labels"}:
+            return kind(**known)
+        config = self.backbone.model.config
+        if self.task == "chat" and getattr(self.backbone.tokenizer, "chat_template", None) is None:
+            kind = task_class("language-modeling")  # no template: a text is continued
+        options = {"max_length": self._length()} if "max_length" in options_of(kind) else {}
+        labels = [str(config.id2label[index]) for index in sorted(config.id2label or {})]
+        return kind.of_labels(labels, **options)
+
+    def predict(
+        self, rows: Sequence[Row | str], *, batch_size: int = 32, max_new_tokens: int | None = None
+    ) -> list[dict[str, Any]]:
+        """What it read and says of each row, in the task's words (docs/tasks.md); `max_new_tokens` if it writes.
+
+        A text alone is a row where the task reads one column; of an image or a recording it is the path.
+        Raises ConfigurationError where it reads several, DataError naming the first row that lacks one of them.
+        """
+        task = self.chosen
+        whole = [task.row_of(row) if isinstance(row, str) else row for row in rows]
+        task.check_to_predict(whole)
+        said = task.predict(self.backbone.model, whole, self.backbone.tokenizer, batch_size, max_new_tokens)
+        read = [{task.asked: row} if isinstance(row, str) else _plain(row, task.read_columns()) for row in rows]
+        return [{**given, **answer} for given, answer in zip(read, said, strict=True)]
 
     def classify(self, texts: Sequence[str], batch_size: int = 32) -> list[dict[str, Any]]:
         """{"text", "label", "probabilities": {label: p}} for each text; probabilities sum to 1."""
@@ -88,28 +121,11 @@ class Predictor:
         return answer.strip()
 
     def _length(self) -> int:
-        return min(self.settings.get("max_length") or DEFAULT_LENGTH, int(self.backbone.tokenizer.model_max_length))
+        positions = getattr(text_config(self.backbone.model), "max_position_embeddings", None) or DEFAULT_LENGTH
+        limit = getattr(self.backbone.tokenizer, "model_max_length", DEFAULT_LENGTH)
+        return int(min(self.settings.get("max_length") or DEFAULT_LENGTH, positions, limit))
 
 
-def _task_of(directory: Path) -> str:
-    """The task a checkpoint was made for, by its architecture's name in config.json."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise BackboneError(
-            f"{directory} is neither an adapter folder nor a checkpoint: {str(error).splitlines()[0]}",
-            expected="a folder written by lightsft train, merge or compare",
-            todo="check the path",
-        ) from error
-    architecture = (config.architectures or [""])[0]
-    if architecture.endswith("ForSequenceClassification"):
-        return "classification"
-    if "CausalLM" in architecture or "LMHead" in architecture:
-        return "chat"
-    raise BackboneError(
-        f"{directory} holds a {architecture or 'model without a task head'}",
-        expected="a sequence classifier or a causal language model",
-        todo="fine-tune it first: lightsft train",
-    )
+def _plain(row: Row, columns: Sequence[str]) -> dict[str, Any]:
+    """What can be shown of a row: no images or sounds in memory."""
+    return {name: row[name] for name in columns if isinstance(row.get(name), str | int | float | list | tuple)}

@@ -30,9 +30,7 @@ def inputs_to_compare(backbone: Backbone, rows: HeldOut | None) -> list[Batch]:
         found = _random_inputs(backbone)
     else:
         made = batches(rows.task, rows.rows, backbone.tokenizer, 16)
-        found = [
-            rows.task.model_inputs(_without_labels(batch), batch["labels"], backbone.model) for batch in made
-        ]
+        found = [rows.task.model_inputs(_without_labels(batch), batch["labels"], backbone.model) for batch in made]
     width = 1 if backbone.head else int(text_config(backbone.model).vocab_size)
     kept: list[Batch] = []
     numbers = 0

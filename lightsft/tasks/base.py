@@ -18,6 +18,7 @@ from lightsft.data.columns import ColumnKind, Guess, guess
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row, require_columns
 from lightsft.errors import ConfigurationError, DataError
+from lightsft.tasks.predicting import Said, require_filled, said_of
 
 Metrics = dict[str, Any]
 Array = np.ndarray[Any, Any]
@@ -38,6 +39,8 @@ class Task(ABC):
     metric_names: ClassVar[tuple[str, ...]]  # the scores that may decide
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
     columns: ClassVar[Mapping[str, ColumnKind]] = {}  # the fields that name a column, and what is in it
+    targets: ClassVar[frozenset[str]] = frozenset({"label"})  # of these fields, those that are predicted
+    asked: ClassVar[str] = "text"  # what a text alone is called in a prediction
     packs: ClassVar[bool] = False  # whether each position's loss depends on its own sequence alone
 
     # ---- settings
@@ -194,6 +197,52 @@ class Task(ABC):
     def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics | None:
         """Metrics of the best constant answer, or None where there is no such thing."""
         return None
+
+    # ---- predictions
+
+    @classmethod
+    def of_labels(cls, labels: Sequence[str], **options: Any) -> Self:
+        """The task of a checkpoint that says no more of it than its labels."""
+        names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return cls(**({"labels": tuple(labels)} if "labels" in names else {}), **options)
+
+    def read_columns(self) -> list[str]:
+        """The columns that a row to predict has to have."""
+        targets = {getattr(self, name) for name in self.targets if hasattr(self, name)}
+        return [column for column in self.used_columns() if column not in targets]
+
+    def row_of(self, text: str) -> Row:
+        """The row that a text alone is; ConfigurationError where a prediction reads more."""
+        columns = self.read_columns()
+        if len(columns) != 1:
+            raise ConfigurationError(
+                f"{self.name} reads {len(columns)} columns: {', '.join(map(repr, columns))}",
+                expected="rows with these columns instead of texts",
+                todo="put them into a file: lightsft predict DIR --file FILE",
+            )
+        return {columns[0]: text}
+
+    def check_to_predict(self, rows: Sequence[Row]) -> None:
+        """Raise DataError naming the first row that lacks something to predict from."""
+        require_filled(rows, self.read_columns())
+
+    def predict(
+        self, model: Any, rows: Sequence[Row], tokenizer: Any, batch_size: int = 32, max_new_tokens: int | None = None
+    ) -> list[Said]:
+        """What the model says of each row, in plain values; `max_new_tokens` is for those that write."""
+        return said_of(self, model, rows, tokenizer, batch_size)
+
+    def to_predict(self, rows: Sequence[Row], tokenizer: Any) -> list[Feature]:
+        """Features of rows without a target."""
+        return self.encode(rows, tokenizer)
+
+    def said(self, outputs: Any, labels: Tensor, features: Sequence[Feature], tokenizer: Any) -> list[Said]:
+        """What outputs of the model mean, for each feature of a batch."""
+        raise ConfigurationError(f"{self.name} has no predictions", expected="a task that says what its outputs mean")
+
+    def said_of_rows(self, said: list[Said], features: Sequence[Feature], rows: Sequence[Row]) -> list[Said]:
+        """The same for each row."""
+        return said
 
     # ---- showing
 

@@ -13,7 +13,15 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.tasks.base import Feature
-from lightsft.tasks.conversations import Message, context_of, messages_of, order_problems, says_something, tools_of
+from lightsft.tasks.conversations import (
+    Message,
+    context_of,
+    messages_of,
+    order_problems,
+    question_of,
+    says_something,
+    tools_of,
+)
 from lightsft.tasks.writing import WritingTask
 
 __all__ = ["Chat", "messages_of", "order_problems"]
@@ -36,6 +44,8 @@ class Chat(WritingTask):
     loss_on: Literal["assistant", "all"] = "assistant"
 
     name: ClassVar[str] = "chat"
+    asked: ClassVar[str] = "prompt"
+    writes: ClassVar[str] = "answer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,6 +141,23 @@ class Chat(WritingTask):
             "attention_mask": encoded["attention_mask"],
             "labels": labels,
         }
+
+    def read_columns(self) -> list[str]:
+        """What is asked may stand in several columns; without a conversation, in this one."""
+        return ["prompt"]
+
+    def check_to_predict(self, rows: Sequence[Row]) -> None:
+        """Raise DataError naming the first row without a question."""
+        for number, row in enumerate(rows, 1):
+            try:
+                question_of(row)
+            except DataError as error:
+                raise DataError(f"row {number}: {error.found}", expected=error.expected, todo=error.todo) from error
+
+    def prompt_ids(self, row: Row, tokenizer: Any) -> list[int]:
+        """The conversation up to where the assistant is to speak, as the template writes it."""
+        text = self.conversation(question_of(row), tokenizer, prompt=True, tools=tools_of(row))
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _pieces(self, row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
         """The rendered text in pieces, each with whether the assistant says it (its end-of-turn mark included)."""

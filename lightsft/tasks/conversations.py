@@ -44,6 +44,17 @@ def messages_of(row: Row) -> list[Message]:
     )
 
 
+def question_of(row: Row) -> list[Message]:
+    """The conversation of a row up to the last message that is not the assistant's; the answer's column may lack."""
+    open_pairs = {answers: "" for asks, answers in PAIRS if asks in row and answers not in row}
+    messages = messages_of({**row, **open_pairs})
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise DataError("nothing is asked in the conversation", expected="a message of the user")
+    return messages
+
+
 def context_of(row: Row) -> int:
     """How many messages nothing is learned of: the first, and all of a prompt that is a list of them."""
     if _listed(row.get("messages")) or _listed(row.get("conversations")) or not _listed(row.get("prompt")):

@@ -19,6 +19,7 @@ from lightsft.errors import ConfigurationError, DataError
 from lightsft.metrics.regression import pearson, spearman
 from lightsft.metrics.retrieval import retrieval_scores
 from lightsft.tasks.base import Array, Feature, Metrics, Task
+from lightsft.tasks.predicting import Said
 from lightsft.tasks.regression import number_of
 from lightsft.tasks.similarity import groups, loss_of_labels, ranks_of_labels, ranks_of_pairs
 from lightsft.tasks.texts import empty, filled, text_problems
@@ -147,6 +148,34 @@ class Embedding(Task):
                 "a cosine between -1 and 1",
                 "correct the row, or bring the numbers to this range",
             )
+
+    @classmethod
+    def of_labels(cls, labels: Sequence[str], **options: Any) -> Self:
+        """Texts to embed, in a column of this name."""
+        return cls(text="text", label="label", loss_function="labels", **options)
+
+    def read_columns(self) -> list[str]:
+        """One text; more are embedded beside it where they are there."""
+        return self.text_columns[:1]
+
+    def to_predict(self, rows: Sequence[Row], tokenizer: Any) -> list[Feature]:
+        """Token ids of the columns of texts that every row has."""
+        columns = [column for column in self.text_columns if all(filled(row, column) for row in rows)]
+        limit = min(self.max_length, tokenizer.model_max_length)
+        texts = [[str(row[column]) for column in columns] for row in rows]
+        read = [tokenizer(part, truncation=True, max_length=limit) for part in texts]
+        return [{**feature, "labels": 0, "_columns": columns} for feature in read]
+
+    def said(self, outputs: Any, labels: Tensor, features: Sequence[Feature], tokenizer: Any) -> list[Said]:
+        """{"embedding"}, a unit vector; of several texts {"embeddings": {column: vector}, "similarity": cosine}."""
+        found: list[Said] = []
+        for vectors, feature in zip(outputs.cpu(), features, strict=True):
+            if len(vectors) == 1:
+                found.append({"embedding": vectors[0].tolist()})
+            else:
+                named = dict(zip(feature["_columns"], vectors.tolist(), strict=True))
+                found.append({"embeddings": named, "similarity": float(vectors[0] @ vectors[1])})
+        return found
 
     # ---- features and batches
 

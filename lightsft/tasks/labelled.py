@@ -24,7 +24,8 @@ from lightsft.metrics.classification import (
     per_class_scores,
     probability_scores,
 )
-from lightsft.tasks.base import Array, Metrics, Task
+from lightsft.tasks.base import Array, Feature, Metrics, Task
+from lightsft.tasks.predicting import Said, shares
 from lightsft.tasks.texts import empty, filled
 
 MOST_LABELS = 1000
@@ -134,6 +135,11 @@ class Labelled(Task, ABC):
     def outcomes(self, outputs: Any, labels: Tensor) -> Tensor:
         """(batch, classes + 1): the probabilities, then the true label's index."""
         return torch.cat([outputs.logits.float().softmax(-1), labels[:, None].float()], dim=1)
+
+    def said(self, outputs: Any, labels: Tensor, features: Sequence[Feature], tokenizer: Any) -> list[Said]:
+        """{"label", "probabilities": {label: p}}; probabilities sum to 1."""
+        found = shares(self.labels, outputs.logits.float().softmax(-1))
+        return [{"label": max(p, key=p.__getitem__), "probabilities": p} for p in found]
 
     def metrics(self, outcomes: Array) -> Metrics:
         """Scores of the labels and of the probabilities, the confusion matrix, and the scores of each class."""

@@ -11,12 +11,13 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError
 from lightsft.tasks.base import Array, Feature, sums_by_row
+from lightsft.tasks.continuing import Continues
 from lightsft.tasks.language import LanguageTask
 from lightsft.tasks.texts import TEXT, text_problems
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModeling(LanguageTask):
+class LanguageModeling(Continues, LanguageTask):
     """Next-token cross-entropy on every token of plain texts, their end included; the score is the loss per token.
 
     text: the column. max_length: in tokens; longer texts are read in windows of this length. Each begins with the last
@@ -57,6 +58,12 @@ class LanguageModeling(LanguageTask):
                 part = ids[start : start + size]
                 features.append({"input_ids": part, "attention_mask": [1] * len(part), "labels": part, "_row": number})
         return features
+
+    def prompt_ids(self, row: Row, tokenizer: Any) -> list[int]:
+        """The text, which is not over: its last tokens, as many as are read at once in training."""
+        ids = list(tokenizer(str(row[self.text]), truncation=False, verbose=False)["input_ids"])
+        ended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+        return (ids[:-1] if ended else ids)[-min(self.max_length, tokenizer.model_max_length) :]
 
     def _ids(self, row: Row, tokenizer: Any) -> list[int]:
         ids = list(tokenizer(str(row[self.text]), truncation=False)["input_ids"])

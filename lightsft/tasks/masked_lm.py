@@ -18,8 +18,10 @@ from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.tasks.base import Array, Feature, sums_by_row
 from lightsft.tasks.language import LanguageTask
+from lightsft.tasks.predicting import Said, by_row
 from lightsft.tasks.texts import TEXT, text_problems
 
+LIKELIEST = 5  # tokens that a prediction names
 MASKED, REPLACED = 0.8, 0.9  # of the chosen tokens 80 % are masked, 10 % replaced, 10 % left (1810.04805, section 3.1)
 
 
@@ -83,6 +85,29 @@ class MaskedLM(LanguageTask):
                 kept = {name: encoded[name][part] for name in names if name in encoded}
                 features.append({**kept, "labels": kept["input_ids"], "_words": places, "_row": number})
         return features
+
+    def to_predict(self, rows: Sequence[Row], tokenizer: Any) -> list[Feature]:
+        """Texts that have masks already: nothing more is masked."""
+        mask = str(tokenizer.mask_token)
+        bare = [number for number, row in enumerate(rows, 1) if mask not in str(row[self.text])]
+        if bare:
+            raise DataError(f"row {bare[0]} has no mask", expected=f"{mask} in the place of what is to be found")
+        return [{**f, "_words": [None] * len(f["input_ids"])} for f in self.encode(rows, tokenizer)]
+
+    def said(self, outputs: Any, labels: Tensor, features: Sequence[Feature], tokenizer: Any) -> list[Said]:
+        """{"masks": [[{"token", "probability"}]]}: for each mask the likeliest tokens."""
+        found: list[Said] = []
+        for logits, feature in zip(outputs.logits, features, strict=True):
+            places = [place for place, token in enumerate(feature["input_ids"]) if token == tokenizer.mask_token_id]
+            best = logits[places].float().softmax(-1).topk(LIKELIEST)
+            pairs = [list(zip(p.tolist(), i.tolist(), strict=True)) for p, i in zip(*best, strict=True)]
+            masks = [[{"token": tokenizer.decode([i]).strip(), "probability": p} for p, i in mask] for mask in pairs]
+            found.append({"masks": masks})
+        return found
+
+    def said_of_rows(self, said: list[Said], features: Sequence[Feature], rows: Sequence[Row]) -> list[Said]:
+        """The masks of all windows."""
+        return [{"masks": [mask for one, _ in row for mask in one["masks"]]} for row in by_row(said, features)]
 
     def collate(self, features: Sequence[Feature], tokenizer: Any) -> dict[str, Tensor]:
         """Padded; tokens that are not drawn yet are, the same ones every time."""

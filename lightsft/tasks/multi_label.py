@@ -18,6 +18,7 @@ from lightsft.errors import ConfigurationError, DataError
 from lightsft.metrics.multilabel import multilabel_per_class, multilabel_scores
 from lightsft.tasks.base import Array, Feature, Metrics, Task
 from lightsft.tasks.labelled import MOST_LABELS, in_order, require_weights
+from lightsft.tasks.predicting import Said, shares
 from lightsft.tasks.texts import PAIR, TEXT, encode_texts, joined, text_problems
 
 
@@ -135,6 +136,11 @@ class MultiLabel(Task):
     def outcomes(self, outputs: Any, labels: Tensor) -> Tensor:
         """(batch, 2 classes): probabilities, then the truth."""
         return torch.cat([outputs.logits.float().sigmoid(), labels], dim=1)
+
+    def said(self, outputs: Any, labels: Tensor, features: Sequence[Feature], tokenizer: Any) -> list[Said]:
+        """{"labels", "probabilities": {label: p}}: those of at least the threshold, and all."""
+        found = shares(self.labels, outputs.logits.float().sigmoid())
+        return [{"labels": [n for n in p if p[n] >= self.threshold], "probabilities": p} for p in found]
 
     def metrics(self, outcomes: Array) -> Metrics:
         """F1 in three averages, subset accuracy, Hamming loss, AUROC, average precision, per class."""

@@ -18,6 +18,7 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
 from lightsft.errors import DataError
 from lightsft.tasks.base import Array, Feature, Metrics, Task
+from lightsft.tasks.predicting import Said
 from lightsft.tasks.regression import whole_number
 from lightsft.tasks.texts import empty, filled, text_problems
 
@@ -74,6 +75,10 @@ class MultipleChoice(Task):
     def used_columns(self) -> list[str]:
         """The question, the choices and the label."""
         return [self.question, *self.choices, self.label]
+
+    def read_columns(self) -> list[str]:
+        """The question and the first two choices: not every question has all."""
+        return [self.question, *self.choices[:2]]
 
     # ---- rows
 
@@ -133,7 +138,7 @@ class MultipleChoice(Task):
         for row in rows:
             choices = self.choices_of(row)
             encoded = tokenizer([str(row[self.question])] * len(choices), choices, truncation=True, max_length=limit)
-            features.append({**encoded, "labels": self.index(row)})
+            features.append({**encoded, "labels": self.index(row), "_choices": choices})
         return features
 
     def length(self, feature: Feature) -> int:
@@ -142,7 +147,7 @@ class MultipleChoice(Task):
 
     def collate(self, features: Sequence[Feature], tokenizer: Any) -> dict[str, Tensor]:
         """(batch, choices, tokens); a question with fewer choices repeats its last. labels: right one, choices."""
-        names = [name for name in features[0] if name != "labels"]
+        names = [name for name in features[0] if name != "labels" and not name.startswith("_")]
         most = max(len(feature["input_ids"]) for feature in features)
         flat = [
             {name: feature[name][min(choice, len(feature[name]) - 1)] for name in names}
@@ -174,6 +179,16 @@ class MultipleChoice(Task):
         logits = _of_choices(outputs.logits, labels)
         right = logits.argmax(-1) == labels[:, 0]
         return torch.stack([right.float(), cross_entropy(logits, labels[:, 0], reduction="none")], dim=1)
+
+    def said(self, outputs: Any, labels: Tensor, features: Sequence[Feature], tokenizer: Any) -> list[Said]:
+        """{"choice", "index", "probabilities"}: the text of a choice, its number from 0, and a number for each."""
+        found = _of_choices(outputs.logits, labels).softmax(-1).cpu()
+        kept = [row[: len(f["_choices"])].tolist() for row, f in zip(found, features, strict=True)]
+        best = [max(range(len(row)), key=row.__getitem__) for row in kept]
+        return [
+            {"choice": feature["_choices"][index], "index": index, "probabilities": row}
+            for row, index, feature in zip(kept, best, features, strict=True)
+        ]
 
     def metrics(self, outcomes: Array) -> Metrics:
         """Accuracy and loss."""

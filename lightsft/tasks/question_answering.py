@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -19,6 +20,7 @@ from lightsft.errors import ConfigurationError, DataError
 from lightsft.metrics.answers import answer_outcome, answer_scores, best_threshold
 from lightsft.tasks.answer_cells import answers_of, characters_of
 from lightsft.tasks.base import Array, Feature, Metrics, Task
+from lightsft.tasks.predicting import Said, by_row
 from lightsft.tasks.spans import best_spans, within
 from lightsft.tasks.texts import text_problems
 from lightsft.tasks.windows import room_beside
@@ -49,6 +51,7 @@ class QuestionAnswering(Task):
     language: str = "en"
 
     name: ClassVar[str] = "question-answering"
+    targets: ClassVar[frozenset[str]] = frozenset({"answers"})
     metric: ClassVar[str] = "f1"
     metric_names: ClassVar[tuple[str, ...]] = (
         "f1", "exact_match", "has_answer_f1", "has_answer_exact_match", "no_answer_accuracy", "loss",
@@ -225,6 +228,34 @@ class QuestionAnswering(Task):
         text = span_text(feature, int(best[3]), int(best[4]))
         match, f1, has_answer = answer_outcome(text, feature["_answers"], self.language)
         return [sum(outcome[0] for outcome, _ in windows), len(windows), null - best[2], match, f1, has_answer]
+
+    def said(self, outputs: Any, labels: Tensor, features: Sequence[Feature], tokenizer: Any) -> list[Said]:
+        """Of each window the score of its best span, the log-probability and the tokens of it, the score of "none"."""
+        start, end = allowed(outputs, labels)
+        score, first, last = best_spans(start, end, labels[:, 2], labels[:, 3], self.max_answer_length)
+        likelihood = score - start.logsumexp(-1) - end.logsumexp(-1)
+        names = ("score", "likelihood", "none", "first", "last")
+        columns = (score, likelihood, start[:, 0] + end[:, 0], first, last)
+        return [
+            dict(zip(names, row, strict=True)) for row in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+    def said_of_rows(self, said: list[Said], features: Sequence[Feature], rows: Sequence[Row]) -> list[Said]:
+        """{"answer", "start", "end", "score", "no_answer_margin"}: characters of the context, a probability, logits.
+
+        Where "none" is said the answer is empty, and start and end are None.
+        """
+        return [self._answer(windows) for windows in by_row(said, features)]
+
+    def _answer(self, windows: list[tuple[Said, Feature]]) -> Said:
+        best, feature = max(windows, key=lambda window: window[0]["score"])
+        margin = min(window["none"] for window, _ in windows) - best["score"]
+        silent = self.unanswerable and margin > self.null_threshold
+        text = "" if silent else span_text(feature, best["first"], best["last"])
+        start = feature["_offsets"][best["first"]][0]
+        start += len(feature["_context"][start:]) - len(feature["_context"][start:].lstrip())
+        places = {"start": None, "end": None} if silent else {"start": start, "end": start + len(text)}
+        return {"answer": text, **places, "score": math.exp(best["likelihood"]), "no_answer_margin": margin}
 
     def metrics(self, outcomes: Array) -> Metrics:
         """Exact match and F1 of all, of questions with an answer; accuracy on those without; the best threshold."""

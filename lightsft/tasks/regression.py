@@ -17,6 +17,7 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
 from lightsft.metrics.regression import regression_scores
 from lightsft.tasks.base import Array, Feature, Metrics, Task
+from lightsft.tasks.predicting import Said
 from lightsft.tasks.texts import PAIR, TEXT, encode_texts, joined, text_problems
 
 
@@ -86,6 +87,10 @@ class Regression(Task):
     def outcomes(self, outputs: Any, labels: Tensor) -> Tensor:
         """(batch, 2): prediction and truth."""
         return torch.stack([outputs.logits.float()[:, 0], labels.float()], dim=1)
+
+    def said(self, outputs: Any, labels: Tensor, features: Sequence[Feature], tokenizer: Any) -> list[Said]:
+        """{"value"}."""
+        return [{"value": float(value)} for value in outputs.logits[:, 0]]
 
     def metrics(self, outcomes: Array) -> Metrics:
         """Pearson, Spearman, RMSE, MAE, R^2."""

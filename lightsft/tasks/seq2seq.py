@@ -39,6 +39,7 @@ class Seq2Seq(WritingTask):
     decoder_only: bool = False
 
     name: ClassVar[str] = "seq2seq"
+    targets: ClassVar[frozenset[str]] = frozenset({"target"})
     columns: ClassVar[Mapping[str, ColumnKind]] = {
         "source": ColumnKind(("source", "src", "input", "document", "article", "question", "text", "en"), "text"),
         "target": ColumnKind(("target", "tgt", "output", "summary", "highlights", "answer", "translation"), "text"),
@@ -144,6 +145,11 @@ class Seq2Seq(WritingTask):
             ids = list(tokenizer(text_target=text)["input_ids"])
         end = tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def prompt_ids(self, row: Row, tokenizer: Any) -> list[int]:
+        """The source in its template; for a decoder alone with room for a target."""
+        limit = min(self.max_length, tokenizer.model_max_length)
+        return self._source_ids(row, tokenizer, limit - (self._target_limit(tokenizer) if self.decoder_only else 0))
 
     def collate(self, features: Sequence[Feature], tokenizer: Any) -> dict[str, Tensor]:
         """Padded on the right; labels have a length of their own where there are two texts."""

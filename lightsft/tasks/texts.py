@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightsft.data.columns import ColumnKind
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
-from lightsft.tasks.base import Feature
+
+if TYPE_CHECKING:
+    from lightsft.tasks.base import Feature
 
 TEXT = ColumnKind(
     ("text", "sentence", "sentence1", "premise", "question1", "text1", "text_a", "content", "review", "tweet"), "text"

@@ -28,7 +28,9 @@ from lightsft.metrics.entities import (
 )
 from lightsft.tasks.base import Array, Feature, Metrics, Task
 from lightsft.tasks.labelled import in_order
+from lightsft.tasks.predicting import Said, by_row
 from lightsft.tasks.regression import whole_number
+from lightsft.tasks.tagged import sentence, words_of
 from lightsft.tasks.windows import windows_of_words
 
 PLAIN = "plain"  # tags without entities, such as parts of speech
@@ -76,6 +78,11 @@ class TokenClassification(Task):
             raise DataError(f"the tags are {', '.join(self.labels)}", expected="at least two different tags")
         if self.scheme != PLAIN:
             find_entities(self.labels, self.scheme)  # refuses what is no scheme, and tags that it does not have
+
+    @classmethod
+    def of_labels(cls, labels: Sequence[str], **options: Any) -> Self:
+        """The scheme is what the tags look like."""
+        return cls(labels=tuple(labels), scheme=scheme_of([[label] for label in labels]), **options)
 
     @classmethod
     def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
@@ -209,10 +216,9 @@ class TokenClassification(Task):
 
         A word that no window reached counts as predicted without a tag.
         """
-        outside = self.labels.index("O") if "O" in self.labels else 0
         rows: dict[int, list[Any]] = {}
         for (likelihood, *predicted), feature in zip(outcomes.tolist(), features, strict=True):
-            row = rows.setdefault(feature["_row"], [0.0, [outside] * len(feature["_tags"]), feature["_tags"]])
+            row = rows.setdefault(feature["_row"], [0.0, [self.outside] * len(feature["_tags"]), feature["_tags"]])
             row[0] += likelihood
             for place, word in enumerate(feature["_words"]):
                 if word is not None:
@@ -226,6 +232,38 @@ class TokenClassification(Task):
             return np.array(sums)
         names = [[self.labels[tag] for tag in tags] for tags in (truth, predicted)]
         return np.concatenate([sums, counts(names[0], names[1], self.types, self.scheme)])
+
+    def read_columns(self) -> list[str]:
+        """The words, and the predicate."""
+        return [self.tokens] + ([self.predicate] if self.predicate else [])
+
+    def to_predict(self, rows: Sequence[Row], tokenizer: Any) -> list[Feature]:
+        """Windows of words; a text is cut into words first."""
+        features = self.encode([{**row, self.tokens: words_of(row[self.tokens])[0]} for row in rows], tokenizer)
+        return [{**feature, "labels": [IGNORED] * len(feature["labels"])} for feature in features]
+
+    def said(self, outputs: Any, labels: Tensor, features: Sequence[Feature], tokenizer: Any) -> list[Said]:
+        """{word: (tag, probability)} of each window."""
+        best = outputs.logits.float().softmax(-1).max(dim=-1)
+        found = []
+        for scores, tags, feature in zip(best.values.tolist(), best.indices.tolist(), features, strict=True):
+            places = [(place, word) for place, word in enumerate(feature["_words"]) if word is not None]
+            found.append({str(word): (self.labels[tags[place]], scores[place]) for place, word in places})
+        return found
+
+    def said_of_rows(self, said: list[Said], features: Sequence[Feature], rows: Sequence[Row]) -> list[Said]:
+        """{"words", "tags", "scores", "entities"}; an entity has a type, a text, its characters and a probability."""
+        outside = self.labels[self.outside]
+        found = []
+        for row, windows in zip(rows, by_row(said, features), strict=True):
+            tagged = {word: tag for window, _ in windows for word, tag in window.items()}
+            found.append(sentence(row[self.tokens], tagged, outside, None if self.scheme == PLAIN else self.scheme))
+        return found
+
+    @property
+    def outside(self) -> int:
+        """The tag of a word that has no token."""
+        return self.labels.index("O") if "O" in self.labels else 0
 
     @cached_property
     def types(self) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightsft.data.batching import IGNORED, MULTIPLE
 from lightsft.errors import ConfigurationError
 from lightsft.tasks.base import Array, Feature, Metrics
+from lightsft.tasks.continuing import Continues
 from lightsft.tasks.language import COUNTS, LanguageTask
 
 NOTHING = -1  # in the place of a token, where none was written
@@ -21,7 +22,7 @@ TEXT_METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "to
 
 
 @dataclass(frozen=True, kw_only=True)
-class WritingTask(LanguageTask, ABC):
+class WritingTask(Continues, LanguageTask, ABC):
     """A language task whose supervised tokens answer a prompt.
 
     generate: when scoring, also write at most so many tokens and compare the text with the target; 0 does not.
@@ -40,6 +41,16 @@ class WritingTask(LanguageTask, ABC):
                 f"generate={self.generate}, num_beams={self.num_beams}",
                 expected="generate of at least 0 tokens and at least one beam",
             )
+
+    @property
+    def beams(self) -> int:
+        """As in scoring."""
+        return self.num_beams
+
+    @property
+    def new_tokens(self) -> int:
+        """As in scoring, where that writes."""
+        return self.generate or super().new_tokens
 
     def require_metric(self, metric: str) -> None:
         """Scores of texts need texts."""
