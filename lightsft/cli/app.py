@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lightsft import __version__
-from lightsft.cli import compare, convert, demo, export, inspect, merge, predict, strategies, train, verify
+from lightsft.cli import compare, convert, data, demo, export, inspect, merge, predict, strategies, train, verify
 from lightsft.errors import LightsftError
 from lightsft.process import prepare_process
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (compare, train, merge, convert, export, verify, predict, inspect, strategies, demo):
+for module in (data, compare, train, merge, convert, export, verify, predict, inspect, strategies, demo):
     app.command(module.NAME)(module.command)
 
 
@@ -40,7 +40,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. Exit code 0: done; 1: some trials failed; 2: bad input; 130: interrupted."""
+    """Run the command line. Exit code 0: done; 1: some trials failed, or some rows cannot be used; 2: bad input; 130: interrupted."""
     prepare_process()
     try:
         app()

@@ -7,6 +7,7 @@ each split that the source itself holds. `stream_rows` hands that stream on, `re
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from lightsft.data.in_memory import described, memory_parts
 from lightsft.data.parts import WHOLE, Numbered, Part, Parts, Row, choose, split_name
 from lightsft.errors import DataError
 
-__all__ = ["Numbered", "Row", "read_rows", "read_splits", "require_columns", "size_bytes", "stream_rows"]
+__all__ = [
+    "Numbered", "Row", "all_rows", "read_rows", "read_splits", "require_columns", "size_bytes", "stream_rows",
+    "stream_splits", "unreadable",
+]  # fmt: skip
 
 Source = Any  # str | Path: a file, a folder or a hub id; else rows in memory (see in_memory.EXPECTED)
 
@@ -35,8 +39,19 @@ def read_splits(source: Source, *, encoding: str = "utf-8") -> dict[str, list[Ro
 
     valid, val and dev are "validation" here. Raises what read_rows raises.
     """
-    name, parts = _name(source), _parts(source, encoding)
-    return {split: _strict(_filled(part, name), name) for split, part in _renamed(parts).items()}
+    return {split: all_rows(part, _name(source)) for split, part in stream_splits(source, encoding=encoding).items()}
+
+
+def stream_splits(source: Source, *, encoding: str = "utf-8") -> dict[str, Part]:
+    """What read_splits reads, to be opened one row at a time as in stream_rows; `size_bytes` is 0 where unknown."""
+    name, parts = _name(source), _renamed(_parts(source, encoding))
+    whole = Path(source).stat().st_size if isinstance(source, str | Path) and Path(source).is_file() else 0
+    return {split: Part(partial(_filled, part, name), part.size_bytes or whole) for split, part in parts.items()}
+
+
+def all_rows(part: Part, name: str) -> list[Row]:
+    """The rows of a split; DataError naming the first that cannot be read."""
+    return _strict(part.open(), name)
 
 
 def stream_rows(source: Source, *, split: str = "train", encoding: str = "utf-8") -> Iterator[Numbered]:
@@ -96,12 +111,13 @@ def _strict(stream: Iterator[Numbered], name: str) -> list[Row]:
     rows: list[Row] = []
     for one in stream:
         if one.problem is not None or one.row is None:
-            raise _error(one, name)
+            raise unreadable(one, name)
         rows.append(one.row)
     return rows
 
 
-def _error(one: Numbered, name: str) -> DataError:
+def unreadable(one: Numbered, name: str) -> DataError:
+    """What is wrong with a row, as an error."""
     found, expected, todo = "is not there", "", ""
     if one.problem is not None:
         found, expected, todo = one.problem.found, one.problem.expected, one.problem.todo

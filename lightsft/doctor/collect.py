@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
-from lightsft.data.problems import Problem, Severity
+from lightsft.data.problems import Severity
 from lightsft.doctor.findings import FIRST_ROWS, NOTHING, Finding
 
 # Bytes that no pattern looks for. What is left of a text: digits, @ + & < > [ ] |, and control characters.
@@ -15,27 +15,12 @@ _PLAIN = (string.ascii_letters + " \t\n\r,.;:!?'\"()-_/\\*#$%^=~{}`").encode() +
 DIGITS = b"0123456789"
 
 
-class Checked(Protocol):
-    """What the doctor asks of a task."""
-
-    def text_of(self, row: Mapping[str, Any]) -> str:
-        """The text that is trained on."""
-
-    def classes(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """The row's labels; none where the task has no such thing."""
-
-    def problems(self, row: Mapping[str, Any]) -> Iterator[Problem]:
-        """What is wrong with the row, seen without a tokenizer."""
-
-    def token_problems(self, row: Mapping[str, Any], tokenizer: Any) -> Iterator[Problem]:
-        """What is wrong with the row once it is tokens."""
-
-
 class Seen(NamedTuple):
     """One row as collectors see it.
 
     usable: neither reader nor task reported an error. data: the text as UTF-8. marks: the characters of `data` that
     patterns look for, in their order: where there is no "@" among them, no e-mail address has to be searched.
+    compared: what equal rows share, mostly the text. inputs: what is tokenized as one; none where that is not asked.
     """
 
     split: str
@@ -45,12 +30,24 @@ class Seen(NamedTuple):
     usable: bool
     data: bytes
     marks: bytes
+    compared: str
+    inputs: tuple[tuple[str, ...], ...] = ()
 
 
-def seen(split: str, number: int, text: str, classes: tuple[str, ...] = (), usable: bool = True) -> Seen:
+def seen(
+    split: str,
+    number: int,
+    text: str,
+    classes: tuple[str, ...] = (),
+    usable: bool = True,
+    *,
+    compared: str | None = None,
+    inputs: Iterable[tuple[str, ...]] = (),
+) -> Seen:
     """A row with what is derived from its text."""
     data = text.encode("utf-8", "surrogatepass")
-    return Seen(split, number, text, classes, usable, data, data.translate(None, _PLAIN))
+    marks, same = data.translate(None, _PLAIN), text if compared is None else compared
+    return Seen(split, number, text, classes, usable, data, marks, same, tuple(inputs))
 
 
 class Collector(ABC):

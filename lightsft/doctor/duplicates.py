@@ -26,9 +26,10 @@ DOMINANT_SHARE, DOMINANT_ROWS = 0.05, 20
 
 
 class Duplicates(Collector):
-    """Of the rows that can be used."""
+    """Of the rows that can be used, by what they have to share. `what` is that, in a word; nearly: by words as well."""
 
-    def __init__(self, store: ShingleStore | None = None) -> None:
+    def __init__(self, store: ShingleStore | None = None, *, what: str = "text", nearly: bool = True) -> None:
+        self._what, self._nearly = what, nearly
         self._index = RowIndex()
         self._hashes = bytearray()  # 8 bytes a row: without case and spacing
         self._letters = array("I")  # to the letter
@@ -41,13 +42,17 @@ class Duplicates(Collector):
 
     def see(self, row: Seen) -> None:
         """Hash the text and its labels; queue its words for the shingles."""
-        if not row.usable or not row.text.strip():
+        if not row.usable or not row.compared.strip():
             return
         index = self._index.add(row)
-        self._hashes += blake2b(_evened(row), digest_size=8).digest()
-        self._letters.append(zlib.crc32(row.data))
+        data = row.data if row.compared is row.text else row.compared.encode("utf-8", "surrogatepass")
+        self._hashes += blake2b(_evened(row.compared, data), digest_size=8).digest()
+        self._letters.append(zlib.crc32(data))
         self._classes.append(zlib.crc32("\x1f".join(sorted(set(row.classes))).encode("utf-8", "surrogatepass")))
-        words = words_of(row.text, row.data)
+        if self._nearly:
+            self._queue(index, words_of(row.compared, data))
+
+    def _queue(self, index: int, words: list[bytes]) -> None:
         if len(words) >= FEWEST_WORDS:
             text = b" ".join(words)
             self._rows.append(index)
@@ -68,11 +73,13 @@ class Duplicates(Collector):
 
     def figures(self) -> dict[str, Any]:
         """How many texts were compared for near-duplicates."""
-        return {"texts_compared_for_near_duplicates": self._compared}
+        return {"texts_compared_for_near_duplicates": self._compared} if self._nearly else {}
 
     def not_checked(self) -> Iterator[str]:
-        """Near-duplicates in large data are looked for in a share of the texts."""
-        if self._store.one_in > 1:
+        """Near-duplicates in large data are looked for in a share of the texts; none where rows share long ones."""
+        if not self._nearly and self._what == "text":
+            yield "near-duplicates: several rows may share one of their texts"
+        elif self._store.one_in > 1:
             yield (
                 f"near-duplicates: 1 in {self._store.one_in} texts ({self._compared:,}) was compared, chosen "
                 f"{self._store.chosen_by}"
@@ -102,7 +109,7 @@ class Duplicates(Collector):
         if chosen.any():
             group = repeated.group[_first(rows, chosen)]
             tally = self._index.tally(np.sort(rows[chosen]), self._pair(repeated, group, self._classes))
-            title = f"{plural(int(groups.sum()), 'text')} with different labels, in {plural(tally.count, 'row')}"
+            title = f"{plural(int(groups.sum()), self._what)} with different labels, in {plural(tally.count, 'row')}"
             fix = "decide on one label for each, or remove these rows: no model can be right about both"
             yield tally.finding("conflicting_labels", "warning", title, fix=fix)
 
@@ -112,16 +119,16 @@ class Duplicates(Collector):
             pair = [repeated.rows[repeated.starts[repeated.group[place]]], repeated.rows[place]]
             tally = self._index.tally(np.sort(repeated.rows[chosen]), self._index.name(pair))
             where = " and ".join(tally.rows)
-            title = f"{plural(tally.count, 'row')} of {where} with a text that is in an earlier split too"
+            title = f"{plural(tally.count, 'row')} of {where} with a {self._what} that is in an earlier split too"
             action = "scores these rows as if they were new: the score comes out too high"
-            fix = "remove them from one of the splits, or let lightsft split the data: it keeps equal texts together"
+            fix = f"remove them from one of the splits, or let lightsft split: it keeps equal {self._what}s together"
             yield tally.finding("leakage", "warning", title, action=action, fix=fix)
 
     def _dominant(self, repeated: _Repeated, groups: Array, total: int) -> Iterator[Finding]:
         for group in np.flatnonzero(groups)[np.argsort(-repeated.sizes[groups], kind="stable")][:5]:
             rows = repeated.rows[repeated.group == group]
             tally = self._index.tally(rows, self._index.name(rows[:2].tolist()))
-            title = f"one text makes up {percent(tally.count, total)} of the rows ({tally.count:,})"
+            title = f"one {self._what} makes up {percent(tally.count, total)} of the rows ({tally.count:,})"
             yield tally.finding("dominant_text", "warning", title, fix="keep it once, or a few times")
 
     def _repeats(self, repeated: _Repeated, chosen: Array) -> Iterator[Finding]:
@@ -132,9 +139,9 @@ class Duplicates(Collector):
             )
             letters = np.frombuffer(self._letters, dtype=np.uint32)[repeated.rows]
             exact = _seen_before(repeated, letters, chosen)
-            title = (
-                f"{plural(tally.count, 'row')} with the text of an earlier row ({exact:,} to the letter, "
-                f"{tally.count - exact:,} apart from case and spacing)"
+            how = f" ({exact:,} to the letter, {tally.count - exact:,} apart from case and spacing)"
+            title = f"{plural(tally.count, 'row')} with the {self._what} of an earlier row" + how * (
+                self._what == "text"
             )
             fix = "keep one of each, unless a text is meant to count several times"
             yield tally.finding("duplicate", "warning", title, action="trains on them each time", fix=fix)
@@ -191,8 +198,8 @@ def _seen_before(repeated: _Repeated, letters: Array, chosen: Array) -> int:
     return int((again & chosen[order[1:]]).sum())
 
 
-def _evened(row: Seen) -> bytes:
-    """Without case, with a single space between words."""
-    if len(row.data) == len(row.text):
-        return b" ".join(row.data.lower().split())
-    return " ".join(row.text.casefold().split()).encode("utf-8", "surrogatepass")
+def _evened(text: str, data: bytes) -> bytes:
+    """Without case, with a single space between words; `data` is its UTF-8."""
+    if len(data) == len(text):
+        return b" ".join(data.lower().split())
+    return " ".join(text.casefold().split()).encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""The labels: missing, rare, lopsided, spelled in several ways, or unknown to the training rows."""
+"""The labels: absent, rare, lopsided, spelled in several ways, or unknown to the training rows."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Labels(Collector):
         self._labels: Group = {}
         self._refused: Group = {}
         self._splits: dict[str, None] = {}
-        self._missing = Tally()
+        self._none = Tally()
         self._too_many = False
 
     def see(self, row: Seen) -> None:
-        """A row without labels is missing them if any other has some."""
+        """A row without labels that the task takes has none of them."""
         self._splits.setdefault(row.split)
         if not row.classes and row.usable:
-            self._missing.add(row.split, row.number, "")
+            self._none.add(row.split, row.number, excerpt(row.text))
         labels = self._labels if row.usable else self._refused
         for label in dict.fromkeys(row.classes):
             by_split = labels.get(label)
@@ -50,14 +50,10 @@ class Labels(Collector):
         """What is wrong with one label is said once: a rare one is not also called lopsided."""
         if not self._labels:
             return
-        if self._missing.count:
-            yield self._missing.finding(
-                "missing_label",
-                "error",
-                f"{plural(self._missing.count, 'row')} without a label",
-                action="stops; with --drop-bad-rows drops them and counts them",
-                fix="label them or remove them",
-            )
+        if self._none.count:
+            action = "takes them as examples of none of the labels"
+            title = f"{plural(self._none.count, 'row')} without a label"
+            yield self._none.finding("no_label", "note", title, action=action, fix="label them, unless that is meant")
         if self._too_many:
             title = f"more than {MOST_LABELS:,} different labels; only the first {MOST_LABELS:,} were looked at"
             yield Finding("too_many_labels", "warning", title, MOST_LABELS, fix="name the right column with --label")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -51,14 +52,15 @@ class Histogram:
 
 
 class TokenLengths(Collector):
-    """Texts are tokenized in batches; nothing but counts is kept of them.
+    """What a task hands to the tokenizer is tokenized in batches; nothing but counts is kept of it.
 
-    A length counts the special tokens that the tokenizer puts around a text. Tokens beyond `max_length`, by default the
-    most that the tokenizer allows, are cut.
+    A length counts the special tokens that the tokenizer puts around a text or a pair, unless they are in the text
+    already (`special`). Of a row with several inputs the longest counts. Tokens beyond `max_length`, by default the
+    most that the tokenizer allows, are cut; with `cuts` false they are read in further windows.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int | None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, max_length: int | None, *, cuts: bool = True, special: bool = True) -> None:
+        self._tokenizer, self._special, self._cuts = tokenizer, special, cuts
         allowed = int(tokenizer.model_max_length)
         self._limit = min(max_length or allowed, allowed)
         self._unknown_id = getattr(tokenizer, "unk_token_id", None)
@@ -66,11 +68,11 @@ class TokenLengths(Collector):
         self._bytes = 0
         self._lengths = Histogram()
         self._cut, self._unknown = Tally(), Tally()
-        self._tokens_cut = self._tokens_unknown = 0
+        self._tokens = self._tokens_cut = self._tokens_unknown = 0
 
     def see(self, row: Seen) -> None:
         """A text with half a surrogate pair is left out: no tokenizer takes it."""
-        if row.usable and not _has_surrogate(row):
+        if row.usable and row.inputs and not _has_surrogate(row):
             self._pending.append(row)
             self._bytes += len(row.data)
             if len(self._pending) >= BATCH_TEXTS or self._bytes >= BATCH_BYTES:
@@ -81,14 +83,14 @@ class TokenLengths(Collector):
         self._tokenize()
         rows = self._lengths.rows
         if self._cut.count:
-            grave = self._cut.count > WARN_SHARE * rows or self._tokens_cut > WARN_SHARE * self._lengths.total
+            grave = self._cut.count > WARN_SHARE * rows or self._tokens_cut > WARN_SHARE * self._tokens
             longest = self._lengths.figures()["max"]
             yield self._cut.finding(
                 "over_long",
                 "warning" if grave else "note",
                 f"{plural(self._cut.count, 'row')} ({percent(self._cut.count, rows)}) longer than {self._limit:,} "
                 f"tokens, the longest {longest:,}: {plural(self._tokens_cut, 'token')} would be cut "
-                f"({percent(self._tokens_cut, self._lengths.total)} of all)",
+                f"({percent(self._tokens_cut, self._tokens)} of all)",
                 action=f"cuts at {self._limit:,} tokens",
                 fix="raise --max-length as far as the model allows, or split the texts",
             )
@@ -97,7 +99,7 @@ class TokenLengths(Collector):
                 "unknown_tokens",
                 "warning",
                 f"{plural(self._unknown.count, 'row')} with over {percent(UNKNOWN_SHARE, 1)} unknown tokens "
-                f"({percent(self._tokens_unknown, self._lengths.total)} of all tokens are unknown)",
+                f"({percent(self._tokens_unknown, self._tokens)} of all tokens are unknown)",
                 action="trains on the unknown token in their place",
                 fix="take a model whose tokenizer knows these characters",
             )
@@ -109,20 +111,23 @@ class TokenLengths(Collector):
     def _tokenize(self) -> None:
         if not self._pending:
             return
-        texts = [row.text for row in self._pending]
-        for row, ids in zip(self._pending, token_ids(self._tokenizer, texts), strict=True):
-            self._count(row, ids)
+        inputs = [texts for row in self._pending for texts in row.inputs]
+        ids = iter(token_ids(self._tokenizer, inputs, special=self._special))
+        for row in self._pending:
+            self._count(row, list(islice(ids, len(row.inputs))))
         self._pending, self._bytes = [], 0
 
-    def _count(self, row: Seen, ids: Sequence[int]) -> None:
-        self._lengths.add(len(ids))
-        if len(ids) > self._limit:
-            self._tokens_cut += len(ids) - self._limit
-            self._cut.add(row.split, row.number, f"{len(ids):,} tokens: {excerpt(row.text)}")
-        if self._unknown_id is not None and (unknown := ids.count(self._unknown_id)):
-            self._tokens_unknown += unknown
-            if unknown > UNKNOWN_SHARE * len(ids):
-                self._unknown.add(row.split, row.number, excerpt(row.text))
+    def _count(self, row: Seen, inputs: Sequence[list[int]]) -> None:
+        lengths = [len(ids) for ids in inputs]
+        self._lengths.add(max(lengths))
+        self._tokens += sum(lengths)
+        if self._cuts and max(lengths) > self._limit:
+            self._tokens_cut += sum(max(0, length - self._limit) for length in lengths)
+            self._cut.add(row.split, row.number, f"{max(lengths):,} tokens: {excerpt(row.text)}")
+        unknown = 0 if self._unknown_id is None else sum(ids.count(self._unknown_id) for ids in inputs)
+        self._tokens_unknown += unknown
+        if unknown > UNKNOWN_SHARE * sum(lengths):
+            self._unknown.add(row.split, row.number, excerpt(row.text))
 
 
 class WordLengths(Collector):
@@ -140,7 +145,7 @@ class WordLengths(Collector):
         self._characters.add(len(row.text))
         words = row.text.count(" ") + 1
         if self._limit is not None and words > self._limit:
-            words = len(row.text.split())
+            words = max((sum(len(text.split()) for text in texts) for texts in row.inputs), default=0)
             if words > self._limit:
                 self._cut.add(row.split, row.number, f"{words:,} words: {excerpt(row.text)}")
         self._words.add(words)
@@ -167,11 +172,17 @@ class WordLengths(Collector):
         yield "tokens: no tokenizer was given, so lengths are in words and characters, and nothing was tokenized"
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, uncut."""
-    ids: list[list[int]] = tokenizer(
-        texts, truncation=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
+def token_ids(tokenizer: Any, inputs: Sequence[tuple[str, ...]], *, special: bool = True) -> list[list[int]]:
+    """The ids of each text or pair, uncut; all have as many texts."""
+    encoded = tokenizer(
+        *map(list, zip(*inputs, strict=True)),
+        truncation=False,
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    ids: list[list[int]] = encoded["input_ids"]
     return ids
 
 

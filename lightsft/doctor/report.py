@@ -15,6 +15,7 @@ class Report:
 
     rows: how many each split has; refused: how many of them have an error of their own and cannot be used.
     figures: lengths, labels, scripts. not_checked: what was left out, and why. seconds: the time it took.
+    checked: what was looked for. first_rows: of each split the first row that can be used, to be shown.
     """
 
     findings: tuple[Finding, ...]
@@ -23,6 +24,8 @@ class Report:
     figures: Mapping[str, Any] = field(default_factory=dict)
     not_checked: tuple[str, ...] = ()
     seconds: float = 0.0
+    checked: str = ""
+    first_rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
 
     @property
     def usable(self) -> bool:

@@ -18,7 +18,7 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError
 from lightsft.tasks.base import Array, Feature
-from lightsft.tasks.image_classification import content_of
+from lightsft.tasks.image_classification import content_of, digest_of
 from lightsft.tasks.labelled import LABEL, Labelled
 
 SHORTEST = 0.1  # seconds
@@ -36,6 +36,7 @@ class AudioClassification(Labelled):
     audio: str = "audio"
     max_seconds: float = 10.0
 
+    reads_text: ClassVar[bool] = False
     name: ClassVar[str] = "audio-classification"
     columns: ClassVar[Mapping[str, ColumnKind]] = {
         "audio": ColumnKind(("audio", "sound", "file", "path", "recording", "speech"), "file"),
@@ -44,8 +45,11 @@ class AudioClassification(Labelled):
 
     def text_of(self, row: Row) -> str:
         """The file's name, or a digest of what is in memory."""
-        cell = row[self.audio]
-        return content_of(np.asarray(cell["array"]) if isinstance(cell, Mapping) and "array" in cell else cell)
+        return content_of(_samples_or_file(row[self.audio]))
+
+    def compared(self, row: Row) -> str:
+        """A digest of the recording's file, or of its samples."""
+        return digest_of(_samples_or_file(row[self.audio]))
 
     def problems(self, row: Row) -> Iterator[Problem]:
         """What is no recording, unknown labels."""
@@ -88,6 +92,10 @@ class AudioClassification(Labelled):
         """The recording's name and length, and the label."""
         samples, rate = samples_of(row[self.audio])
         return [(f"{self.text_of(row)} {len(samples) / rate:.2f} s at {rate} Hz", False), (self.target_of(row), True)]
+
+
+def _samples_or_file(cell: Any) -> Any:
+    return np.asarray(cell["array"]) if isinstance(cell, Mapping) and "array" in cell else cell
 
 
 def samples_of(cell: Any) -> tuple[Array, int]:

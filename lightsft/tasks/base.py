@@ -42,6 +42,9 @@ class Task(ABC):
     targets: ClassVar[frozenset[str]] = frozenset({"label"})  # of these fields, those that are predicted
     asked: ClassVar[str] = "text"  # what a text alone is called in a prediction
     packs: ClassVar[bool] = False  # whether each position's loss depends on its own sequence alone
+    reads_text: ClassVar[bool] = True  # or files, of which `text_of` is a name
+    cuts: ClassVar[bool] = True  # whether what exceeds max_length is lost, or read in further windows
+    adds_special_tokens: ClassVar[bool] = True  # whether the tokenizer puts its own around the inputs
 
     # ---- settings
 
@@ -92,6 +95,23 @@ class Task(ABC):
     def key(self, row: Row) -> str:
         """The text that decides which split a row belongs to."""
         return self.text_of(row)
+
+    @property
+    def compares_nearly(self) -> bool:
+        """Whether rows that share most of their words are nearly the same; not where many share one long text."""
+        return self.reads_text
+
+    def compared(self, row: Row) -> str:
+        """What two rows have to share to be the same example."""
+        return self.text_of(row)
+
+    def all_text(self, row: Row) -> str:
+        """Every text of the row, the target's too, in which damage is looked for."""
+        return self.text_of(row)
+
+    def inputs(self, row: Row, tokenizer: Any = None) -> list[tuple[str, ...]]:
+        """The texts, or pairs of texts, that are tokenized as one; without a tokenizer as near to them as it goes."""
+        return [(self.text_of(row) if tokenizer is None else self.render(row, tokenizer),)]
 
     def classes(self, row: Row) -> tuple[str, ...]:
         """The labels of a row; none where there is no such thing."""

@@ -13,6 +13,7 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.tasks.base import Feature
+from lightsft.tasks.chat_templates import template_problems
 from lightsft.tasks.conversations import (
     Message,
     context_of,
@@ -46,6 +47,7 @@ class Chat(WritingTask):
     name: ClassVar[str] = "chat"
     asked: ClassVar[str] = "prompt"
     writes: ClassVar[str] = "answer"
+    adds_special_tokens: ClassVar[bool] = False  # the template writes what it wants
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +61,10 @@ class Chat(WritingTask):
     def text_of(self, row: Row) -> str:
         """All that is said."""
         return "\n".join(message["content"] for message in messages_of(row))
+
+    def compared(self, row: Row) -> str:
+        """All that is said under the system message, which many conversations share."""
+        return "\n".join(message["content"] for message in messages_of(row) if message["role"] != "system")
 
     def key(self, row: Row) -> str:
         """What the user says first: the same question never is in two splits."""
@@ -96,6 +102,7 @@ class Chat(WritingTask):
                 todo="pass one with --chat-template",
                 severity="warning",
             )
+        yield from template_problems(messages_of(row), self.render(row, tokenizer), tokenizer)
         if all(label == IGNORED for label in feature["labels"]):
             yield Problem(
                 "target_cut_off",

@@ -36,6 +36,15 @@ class Classification(Labelled):
         """Both texts."""
         return joined(row, self.text_columns)
 
+    @property
+    def compares_nearly(self) -> bool:
+        """Not pairs: many may share one of the texts."""
+        return self.text_pair is None
+
+    def inputs(self, row: Row, tokenizer: Any = None) -> list[tuple[str, ...]]:
+        """A text or a pair."""
+        return [tuple(str(row[column]) for column in self.text_columns)]
+
     def problems(self, row: Row) -> Iterator[Problem]:
         """Empty texts, unknown labels."""
         yield from text_problems(row, self.text_columns)

@@ -122,6 +122,15 @@ class Embedding(Task):
         """All texts."""
         return "\n".join(str(row[column]) for column in self.text_columns)
 
+    @property
+    def compares_nearly(self) -> bool:
+        """Labelled texts alone: several pairs may share one of their texts."""
+        return self.loss_function == "labels"
+
+    def inputs(self, row: Row, tokenizer: Any = None) -> list[tuple[str, ...]]:
+        """Each text by itself."""
+        return [(str(row[column]),) for column in self.text_columns]
+
     def key(self, row: Row) -> str:
         """The anchor: its positives stay together."""
         return str(row[self.text_columns[0]])

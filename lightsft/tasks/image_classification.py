@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ class ImageClassification(Labelled):
 
     image: str = "image"
 
+    reads_text: ClassVar[bool] = False
     name: ClassVar[str] = "image-classification"
     columns: ClassVar[Mapping[str, ColumnKind]] = {
         "image": ColumnKind(("image", "img", "file", "path", "image_path", "pixels"), "file"),
@@ -37,6 +39,10 @@ class ImageClassification(Labelled):
     def text_of(self, row: Row) -> str:
         """The file's name, or a digest of what is in memory."""
         return content_of(row[self.image])
+
+    def compared(self, row: Row) -> str:
+        """A digest of the image's file."""
+        return digest_of(row[self.image])
 
     def problems(self, row: Row) -> Iterator[Problem]:
         """What is no image, unknown labels."""
@@ -76,12 +82,20 @@ class ImageClassification(Labelled):
 
 
 def content_of(cell: Any) -> str:
-    """What tells a file from another: its path, or a digest of its bytes."""
+    """What a file is called: its path, or a digest of its bytes."""
+    path = cell.get("path") if isinstance(cell, Mapping) and cell.get("bytes") is None else cell
+    return str(path) if isinstance(path, str | Path) else digest_of(cell)
+
+
+def digest_of(cell: Any) -> str:
+    """What tells a file from another, whatever it is called: the SHA-256 of its bytes. OSError if it is not there."""
     from hashlib import sha256
 
     if isinstance(cell, Mapping):
-        return str(cell["path"]) if cell.get("bytes") is None else sha256(cell["bytes"]).hexdigest()
-    return sha256(cell.tobytes()).hexdigest() if hasattr(cell, "tobytes") else str(cell)
+        cell = cell["path"] if cell.get("bytes") is None else cell["bytes"]
+    if isinstance(cell, str | Path):
+        cell = Path(cell).read_bytes()
+    return sha256(cell if isinstance(cell, bytes) else cell.tobytes()).hexdigest()
 
 
 def _opened(cell: Any) -> Any:

@@ -28,6 +28,7 @@ class LanguageModeling(Continues, LanguageTask):
     max_length: int = 512
 
     name: ClassVar[str] = "language-modeling"
+    cuts: ClassVar[bool] = False
     columns: ClassVar[Mapping[str, ColumnKind]] = {"text": TEXT}
 
     def __post_init__(self) -> None:

@@ -40,6 +40,7 @@ class MaskedLM(LanguageTask):
     max_length: int = 128
 
     name: ClassVar[str] = "masked-lm"
+    cuts: ClassVar[bool] = False
     columns: ClassVar[Mapping[str, ColumnKind]] = {"text": TEXT}
 
     def __post_init__(self) -> None:

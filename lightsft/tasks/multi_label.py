@@ -86,6 +86,15 @@ class MultiLabel(Task):
         """Both texts."""
         return joined(row, self.text_columns)
 
+    @property
+    def compares_nearly(self) -> bool:
+        """Not pairs: many may share one of the texts."""
+        return self.text_pair is None
+
+    def inputs(self, row: Row, tokenizer: Any = None) -> list[tuple[str, ...]]:
+        """A text or a pair."""
+        return [tuple(str(row[column]) for column in self.text_columns)]
+
     def classes(self, row: Row) -> tuple[str, ...]:
         """Every label of the row."""
         return split_labels(row.get(self.label), self.separator)

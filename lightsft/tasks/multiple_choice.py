@@ -86,6 +86,10 @@ class MultipleChoice(Task):
         """The question and its choices."""
         return "\n".join([str(row[self.question]), *self.choices_of(row)])
 
+    def inputs(self, row: Row, tokenizer: Any = None) -> list[tuple[str, ...]]:
+        """The question with each choice."""
+        return [(str(row[self.question]), choice) for choice in self.choices_of(row)]
+
     def choices_of(self, row: Row) -> list[str]:
         """The choices as texts."""
         if len(self.choices) > 1:

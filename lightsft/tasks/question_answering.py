@@ -52,6 +52,7 @@ class QuestionAnswering(Task):
 
     name: ClassVar[str] = "question-answering"
     targets: ClassVar[frozenset[str]] = frozenset({"answers"})
+    cuts: ClassVar[bool] = False
     metric: ClassVar[str] = "f1"
     metric_names: ClassVar[tuple[str, ...]] = (
         "f1", "exact_match", "has_answer_f1", "has_answer_exact_match", "no_answer_accuracy", "loss",
@@ -81,6 +82,15 @@ class QuestionAnswering(Task):
     def text_of(self, row: Row) -> str:
         """Question and context."""
         return f"{row[self.question]}\n{row[self.context]}"
+
+    @property
+    def compares_nearly(self) -> bool:
+        """Several questions share a context."""
+        return False
+
+    def inputs(self, row: Row, tokenizer: Any = None) -> list[tuple[str, ...]]:
+        """Question and context as a pair."""
+        return [(str(row[self.question]).strip(), str(row[self.context]))]
 
     def key(self, row: Row) -> str:
         """The context: questions about the same text never are in two splits."""

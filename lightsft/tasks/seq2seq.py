@@ -79,6 +79,15 @@ class Seq2Seq(WritingTask):
         """The target."""
         return str(row[self.target])
 
+    def all_text(self, row: Row) -> str:
+        """Source and target."""
+        return f"{self.text_of(row)}\n{self.target_of(row)}"
+
+    def inputs(self, row: Row, tokenizer: Any = None) -> list[tuple[str, ...]]:
+        """The source in its template; of a decoder alone the target shares its room."""
+        source = self.render(row, tokenizer)
+        return [(source, self.target_of(row))] if self.decoder_only else [(source,)]
+
     def problems(self, row: Row) -> Iterator[Problem]:
         """An empty source or target."""
         yield from text_problems(row, [self.source, self.target])

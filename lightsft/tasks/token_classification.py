@@ -56,6 +56,7 @@ class TokenClassification(Task):
     max_length: int = 128
 
     name: ClassVar[str] = "token-classification"
+    cuts: ClassVar[bool] = False
     metric_names: ClassVar[tuple[str, ...]] = (
         "f1", "precision", "recall", "macro_f1", "macro_precision", "macro_recall", "weighted_f1", "token_accuracy",
         "loss",

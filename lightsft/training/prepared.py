@@ -6,7 +6,6 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import SchedulerType
@@ -14,15 +13,15 @@ from transformers.training_args import OptimizerNames
 
 from lightsft.backbone import load_tokenizer, reads_both_ways
 from lightsft.config import TrainConfig
-from lightsft.data.reading import Row, read_rows, read_splits
+from lightsft.data.given import given_splits
+from lightsft.data.reading import Row, all_rows
 from lightsft.data.splits import Splits, at_most, split_rows
 from lightsft.device import choose_device
 from lightsft.errors import ConfigurationError, DataError
-from lightsft.tasks import Task, options_of, require_options, task_class
+from lightsft.tasks import Task, task_class
 from lightsft.tasks.base import errors_of, require_none
 from lightsft.training.optimizers import require_usable
-
-SHORTHANDS = ("text", "text_pair", "label", "labels", "max_length", "chat_template")  # options of tasks with flags
+from lightsft.training.task_options import SHORTHANDS, task_options
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,8 @@ def read(config: TrainConfig) -> Prepared:
     """Read and check the data, find columns and labels, split."""
     parts = read_parts(config)
     source, rows = parts["train"]
-    kind, options = task_class(config.task.name), _options(config)
+    kind = task_class(config.task.name)
+    options = task_options(config.task, {flag: getattr(config, flag) for flag in SHORTHANDS})
     chosen = kind.for_rows(rows, source, **options)
     columns = kind.found_columns(rows, source, options).line()
     chosen = chosen.for_model(reads_both_ways(config.model))
@@ -87,16 +87,8 @@ def read(config: TrainConfig) -> Prepared:
 
 def read_parts(config: TrainConfig) -> dict[str, tuple[str, list[Row]]]:
     """(where from, rows) of each split that is given: in files of their own, or by the data itself."""
-    found = read_splits(config.data, encoding=config.encoding)
-    own = {"validation": config.validation_data, "test": config.test_data}
-    if "train" not in found:
-        raise DataError(
-            f"{config.data} has no split to train on", expected=f"train; it has {', '.join(found)}", todo="name a file"
-        )
-    parts = {name: (config.data, rows) for name, rows in found.items() if name == "train" or name in own}
-    return parts | {
-        name: (file, read_rows(file, encoding=config.encoding)) for name, file in own.items() if file is not None
-    }
+    given = given_splits(config.data, config.validation_data, config.test_data, encoding=config.encoding)
+    return {name: (source, all_rows(part, source)) for name, (source, part) in given.items()}
 
 
 def usable(
@@ -121,23 +113,6 @@ def usable(
     return kept, dict(Counter(problem.code for _, problem in bad))
 
 
-def _options(config: TrainConfig) -> dict[str, Any]:
-    """Of the task: its own, and the flags that stand for one of them."""
-    name, options = config.task.name, dict(config.task.options)
-    known = options_of(task_class(name))
-    for flag in SHORTHANDS:
-        value = getattr(config, flag)
-        if value is None:
-            continue
-        if flag not in known:
-            raise ConfigurationError(
-                f"the task {name} does not use {flag}={value!r}", expected=f"options among {', '.join(known)}"
-            )
-        options[flag] = _template(Path(value)) if flag == "chat_template" else value
-    require_options(name, options)
-    return options
-
-
 def _require_known(name: str, value: str, choices: Iterable[Any]) -> None:
     known = [str(choice.value) for choice in choices]
     if value not in known:
@@ -153,17 +128,6 @@ def _metric(config: TrainConfig, chosen: Task) -> str:
     metric = config.metric or chosen.metric
     chosen.require_metric(metric)
     return metric
-
-
-def _template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"cannot read the chat template {path}: {error}",
-            expected="a file with a Jinja template in UTF-8",
-            todo="check the path",
-        ) from error
 
 
 def _splits(config: TrainConfig, given: dict[str, list[Row]], chosen: Task) -> Splits:
