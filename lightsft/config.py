@@ -240,6 +240,8 @@ class TrainConfig(BaseModel):
     """Encoding of text files."""
     drop_bad_rows: bool = False
     """Leave out rows that cannot be used, and say how many; without it the first one is an error."""
+    check_data: bool = True
+    """Look for duplicates, leakage between splits, damaged texts and the like first, and say what is found."""
     split: Literal["hash", "stratified"] = "hash"
     """How rows are split: hash (adding rows never moves others), or stratified (each class has its share)."""
     group: str | None = None

@@ -40,7 +40,10 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. Exit code 0: done; 1: some trials failed, or some rows cannot be used; 2: bad input; 130: interrupted."""
+    """Run the command line.
+
+    Exit code 0: done; 1: some trials failed, or some rows cannot be used; 2: bad input; 130: interrupted.
+    """
     prepare_process()
     try:
         app()

@@ -200,7 +200,8 @@ class _Run:
         return min(trials, key=lambda trial: (sign * trial["validation"][self._metric], trial["seed"]))
 
     def _preview(self) -> list[str]:
-        lines = list(self.results["data"].get("notes") or [])
+        data = self.results["data"]
+        lines = [*(data.get("notes") or []), *(data.get("finding_lines") or [])]
         for split, pieces in (self.results.get("previews") or {}).items():
             text = " ".join(f"[[{piece}]]" if carries_loss else piece for piece, carries_loss in pieces)
             lines += [f"first example of {split}; the loss is on what stands in [[ ]]:", text]
@@ -233,5 +234,6 @@ def _command(config: RunConfig) -> str:
     for key, value in given.items():
         flag = f"--{key.replace('_', '-')}"
         text = ",".join(value) if isinstance(value, list) else str(value)
-        parts += [flag] if value is True else [flag, text]
+        no = f"--no-{key.replace('_', '-')}"
+        parts += [flag] if value is True else [no] if value is False else [flag, text]
     return shlex.join(parts)

@@ -52,7 +52,7 @@ def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
     for spec in config.strategies:
         registry.strategy(spec.name, **spec.options)
     send({"event": "stage", "stage": "reading the data"})
-    prepared = prepare(config)
+    prepared = prepare(config, examined=True)
     device = choose_device(config.device)
     dtype = dtype_name(choose_dtype(config.dtype, device))
     send({"event": "stage", "stage": "scoring the untuned model"})
@@ -65,6 +65,8 @@ def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
             "labels": list(getattr(prepared.task, "labels", ())),
             "notes": prepared.lines(),
             "dropped": prepared.dropped,
+            "findings": [finding.as_json() for finding in prepared.findings],
+            "finding_lines": prepared.finding_lines(),
             "source": config.data,
         },
         "metric": prepared.metric,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightsft.data.problems import Severity
 
 FIRST_ROWS = 20  # row numbers kept for each split
+LINE_ROWS = 5  # of these, in one line
 RANK: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
 NOTHING = "nothing: training goes on with these rows"
 
@@ -31,9 +32,22 @@ class Finding:
     action: str = NOTHING
     fix: str = ""
 
+    def line(self) -> str:
+        """warning: 3 rows with an e-mail address (rows train 4, 9, 17): all but the sample in one line."""
+        where = first_rows(self.rows)
+        return f"{self.severity}: {self.title}" + (f" (rows {where})" if where else "")
+
     def as_json(self) -> dict[str, Any]:
         """Its fields; rows as lists."""
         return {**asdict(self), "rows": {split: list(numbers) for split, numbers in self.rows.items()}}
+
+
+def first_rows(rows: Mapping[str, Sequence[int]], most: int = LINE_ROWS) -> str:
+    """`train 4, 9, 17; test 3`: at most so many of each split."""
+    parts = []
+    for split, numbers in rows.items():
+        parts.append(f"{split} {', '.join(map(str, numbers[:most]))}{', ...' if len(numbers) > most else ''}")
+    return "; ".join(parts)
 
 
 def by_severity(findings: list[Finding]) -> list[Finding]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from lightsft.doctor.findings import NOTHING, Finding, plural
+from lightsft.doctor.findings import NOTHING, Finding, first_rows, plural
 from lightsft.doctor.report import Report
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -37,7 +37,7 @@ def lines(report: Report) -> Iterator[Text]:
 def _finding(finding: Finding) -> Iterator[Text]:
     yield Text.assemble((f"{finding.severity:<8}", STYLES[finding.severity]), " ", (finding.title, "bold"))
     if finding.rows:
-        yield _detail(_rows(finding))
+        yield _detail(f"rows  {first_rows(finding.rows, SHOWN_ROWS)}")
     if finding.sample:
         yield _detail(f"for example  {finding.sample}")
     if finding.severity != "note":
@@ -51,14 +51,6 @@ def _detail(text: str) -> Text:
     line = Text(f"         {text}", style="dim")
     line.no_wrap = True  # titles may take two lines, details one
     return line
-
-
-def _rows(finding: Finding) -> str:
-    parts = []
-    for split, numbers in finding.rows.items():
-        more = len(numbers) > SHOWN_ROWS
-        parts.append(f"{split} {', '.join(map(str, numbers[:SHOWN_ROWS]))}{', ...' if more else ''}")
-    return f"rows  {'; '.join(parts)}"
 
 
 def _verdict(report: Report) -> Text:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 from lightsft.backbone import load_tokenizer, reads_both_ways
 from lightsft.config import TrainConfig
 from lightsft.data.given import given_splits
-from lightsft.data.reading import Row, all_rows
+from lightsft.data.reading import Numbered, Row, all_rows
 from lightsft.data.splits import Splits, at_most, split_rows
 from lightsft.device import choose_device
 from lightsft.errors import ConfigurationError, DataError
@@ -23,13 +23,19 @@ from lightsft.tasks.base import errors_of, require_none
 from lightsft.training.optimizers import require_usable
 from lightsft.training.task_options import SHORTHANDS, task_options
 
+if TYPE_CHECKING:
+    from lightsft.doctor import Finding, Report
+
+MOST_EXAMINED = 50_000  # rows, for what takes a tokenizer or a search of the text
+
 
 @dataclass(frozen=True)
 class Prepared:
     """A task and its rows, checked.
 
     found: the columns that nobody named, and how they were found. dropped: of each split, how many rows were left out
-    by the code of what is wrong with them. shots: examples per class of each draw, None for all rows.
+    by the code of what is wrong with them. shots: examples per class of each draw, None for all rows. findings: what an
+    examination says, with the numbers that rows have in their sources; not_checked: what it left out.
     """
 
     task: Task
@@ -38,6 +44,8 @@ class Prepared:
     found: str = ""
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
     shots: int | None = None
+    findings: tuple[Finding, ...] = ()
+    not_checked: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """What was found and decided, to be shown."""
@@ -49,6 +57,10 @@ class Prepared:
         draw = [] if self.shots is None else [f"of the training rows {self.shots} per class, drawn by the seed"]
         return [*([f"columns {self.found}"] if self.found else []), *left_out, counts, *draw]
 
+    def finding_lines(self) -> list[str]:
+        """What an examination says, a line each."""
+        return [*(finding.line() for finding in self.findings), *(f"not checked: {one}" for one in self.not_checked)]
+
     def training_rows(self, seed: int) -> list[Row]:
         """What a run with this seed trains on: all, or its own draw of a few per class."""
         if self.shots is None:
@@ -58,16 +70,20 @@ class Prepared:
         return few_shot(self.splits.train, self.shots, self.task.classes, draw=seed, key=self.task.key)
 
 
-def prepare(config: TrainConfig) -> Prepared:
-    """Check the settings, then read the data. Nothing heavy: every error about either comes from here."""
+def prepare(config: TrainConfig, *, examined: bool = False) -> Prepared:
+    """Check the settings, then read the data. Nothing heavy: every error about either comes from here.
+
+    examined: whether to look for what is wrong with the data beside errors, unless the configuration says not to. Once
+    in a run is enough.
+    """
     _require_known("scheduler", config.scheduler, SchedulerType)
     _require_known("optimizer", config.optimizer, OptimizerNames)
     require_usable(config.optimizer, config.optimizer_options, choose_device(config.device))
-    return read(config)
+    return read(config, examined=examined)
 
 
-def read(config: TrainConfig) -> Prepared:
-    """Read and check the data, find columns and labels, split."""
+def read(config: TrainConfig, *, examined: bool = False) -> Prepared:
+    """Read and check the data, find columns and labels, split; with `examined`, examine the splits as well."""
     parts = read_parts(config)
     source, rows = parts["train"]
     kind = task_class(config.task.name)
@@ -82,7 +98,24 @@ def read(config: TrainConfig) -> Prepared:
         kept[name], dropped[name] = usable(chosen, part, source, tokenizer, drop=config.drop_bad_rows)
     splits = _splits(config, kept, chosen)
     left_out = {name: codes for name, codes in dropped.items() if codes}
-    return Prepared(chosen, splits, metric, columns, left_out, config.shots)
+    prepared = Prepared(chosen, splits, metric, columns, left_out, config.shots)
+    if not (examined and config.check_data):
+        return prepared
+    report = _examination(chosen, splits, parts, tokenizer)
+    return replace(prepared, findings=report.findings, not_checked=report.not_checked)
+
+
+def _examination(
+    chosen: Task, splits: Splits, parts: Mapping[str, tuple[str, Sequence[Row]]], tokenizer: Any
+) -> Report:
+    """Of the splits as they are trained and scored on; of many rows, MOST_EXAMINED for what costs time."""
+    from lightsft.doctor import examine
+
+    numbers = {id(row): number for _, rows in parts.values() for number, row in enumerate(rows, 1)}
+    named = {name: rows for name, rows in splits.named().items() if rows}
+    share = min(1.0, MOST_EXAMINED / max(1, sum(map(len, named.values()))))
+    numbered = {name: (Numbered(numbers[id(row)], row) for row in rows) for name, rows in named.items()}
+    return examine(numbered, chosen, tokenizer, share=share)
 
 
 def read_parts(config: TrainConfig) -> dict[str, tuple[str, list[Row]]]:

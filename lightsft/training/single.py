@@ -31,7 +31,7 @@ def train(config: SingleConfig, say: Callable[[str], None] = print) -> Trained:
     """
     _require_unfinished(config)
     strategy = registry.strategy(config.strategy.name, **config.strategy.options)
-    prepared = prepare(config)
+    prepared = prepare(config, examined=True)
     backbone = load_backbone(config, prepared, strategy, config.seed)
     injection = strategy.inject(backbone, seed=config.seed)
     share = injection.trainable_parameters / injection.total_parameters
@@ -40,7 +40,7 @@ def train(config: SingleConfig, say: Callable[[str], None] = print) -> Trained:
         f"trained ({share:.2%}), coverage {injection.coverage:.0%}, computing in {backbone.compute_dtype}"
         + (f", beside weights in {backbone.quantization}" if backbone.quantization else "")
     )
-    for line in prepared.lines():
+    for line in (*prepared.lines(), *prepared.finding_lines()):
         say(line)
     if injection.skipped:
         say("left out, since a forward pass never calls them: " + ", ".join(injection.skipped))

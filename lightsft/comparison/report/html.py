@@ -29,6 +29,7 @@ from lightsft.comparison.report.wording import (
     breakable,
     count,
     direction,
+    first_rows,
     indented,
     is_number,
     machine,
@@ -69,6 +70,7 @@ def html_page(results: Results) -> str:
         options,
         indented,
         breakable,
+        first_rows,
     )
     environment.filters.update({function.__name__.lstrip("_"): function for function in formats})
     return environment.get_template("report.html.jinja").render(_page(results))

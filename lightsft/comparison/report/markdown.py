@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lightsft.comparison.report.facts import (
     baseline_score,
@@ -19,6 +20,7 @@ from lightsft.comparison.report.wording import (
     Results,
     count,
     direction,
+    first_rows,
     mebibytes,
     model_name,
     plain,
@@ -135,9 +137,17 @@ def _markdown_data(results: Results) -> str:
     rows = [[split, count(data.get(split)), role] for split, role in split_roles()]
     labels = ", ".join(map(str, data.get("labels") or [])) or DASH
     notes = "".join(f"{_cell(note)}.\n\n" for note in data.get("notes") or [])
-    return f"Source: {_cell(data.get('source') or DASH)}. Labels: {_cell(labels)}.\n\n{notes}" + _markdown_table(
-        ["split", "examples", "use"], rows
-    )
+    splits = _markdown_table(["split", "examples", "use"], rows)
+    source = f"Source: {_cell(data.get('source') or DASH)}. Labels: {_cell(labels)}."
+    return f"{source}\n\n{notes}{splits}{_markdown_findings(data.get('findings') or [])}"
+
+
+def _markdown_findings(findings: Sequence[Mapping[str, Any]]) -> str:
+    """What was wrong with the data beside rows that were left out."""
+    if not findings:
+        return ""
+    rows = [[finding["severity"], finding["title"], first_rows(finding)] for finding in findings]
+    return f"\n\nFound in the data:\n\n{_markdown_table(['severity', 'finding', 'first rows'], rows)}"
 
 
 def _markdown_certificate(results: Results) -> str:

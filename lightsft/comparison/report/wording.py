@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lightsft.doctor import findings
+
 Results = Mapping[str, Any]
 
 
@@ -70,6 +72,11 @@ def plain(value: Any) -> str:
     if isinstance(value, int | str):
         return str(value)
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def first_rows(finding: Mapping[str, Any]) -> str:
+    """`train 4, 9; test 3`."""
+    return findings.first_rows(finding.get("rows") or {}) or DASH
 
 
 def options(value: Any) -> str:
