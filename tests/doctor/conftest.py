@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.doctor.stand_ins import PARTS, WORDS
+from tests.doctor.reviews import PARTS, WORDS
+from tests.run_fixtures import *  # noqa: F403  fixtures for the tests of this folder
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +30,14 @@ def tokenizer():
         eos_token="<|im_end|>",
         model_max_length=512,
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tokenizer, tmp_path_factory):
+    """What --model needs of a model: the tokenizer and a config.json."""
+    from transformers import BertConfig
+
+    folder = tmp_path_factory.mktemp("tokenizer") / "model"
+    tokenizer.save_pretrained(folder)
+    BertConfig().save_pretrained(folder)
+    return folder

@@ -3,7 +3,7 @@
 import pytest
 
 from lightsft.doctor.alphabets import disguised_word, script_counts
-from tests.doctor.stand_ins import clean_rows, codes, examined, found, texts
+from tests.doctor.reviews import clean_rows, codes, examined, found, texts
 
 
 def test_letters_belong_to_their_script():

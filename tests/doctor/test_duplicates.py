@@ -8,7 +8,7 @@ from lightsft.doctor import near
 from lightsft.doctor.collect import seen
 from lightsft.doctor.duplicates import Duplicates
 from lightsft.doctor.shingle_store import ShingleStore
-from tests.doctor.stand_ins import clean_rows, codes, examined, found, texts
+from tests.doctor.reviews import clean_rows, codes, examined, found, texts
 
 
 def test_repeats_are_told_to_the_letter_and_apart_from_case():

@@ -3,7 +3,7 @@
 import pytest
 
 from lightsft.doctor.mojibake import mojibake
-from tests.doctor.stand_ins import codes, examined, texts
+from tests.doctor.reviews import codes, examined, texts
 
 SENTENCES = (
     "Der Bär läuft über die Straße.",

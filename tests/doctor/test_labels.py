@@ -3,7 +3,8 @@
 import pytest
 
 from lightsft.doctor import labels
-from tests.doctor.stand_ins import ReviewTask, clean_rows, codes, examine, examined, found, numbered
+from lightsft.tasks import task
+from tests.doctor.reviews import clean_rows, codes, examine, examined, found, numbered
 
 
 def rows_with(counts, seed=0):
@@ -29,7 +30,7 @@ def test_the_limits_are_where_they_are_said_to_be(counts, expected):
     assert {(one.code, one.severity) for one in examined(rows_with(counts)).findings} == expected
 
 
-def test_rows_of_a_task_without_labels_miss_none():
+def test_rows_of_a_task_without_labels_lack_none():
     assert codes(examined([{"text": row["text"]} for row in clean_rows(30)])) == set()
 
 
@@ -43,15 +44,23 @@ def test_spellings_are_put_together_before_they_are_counted():
 
 def test_a_spelling_that_the_task_refuses_is_named_beside_its_error():
     rows = rows_with({"pos": 20, "neg": 20, "Pos": 2})
-    report = examine({"train": numbered(rows)}, ReviewTask(("pos", "neg")))
+    report = examined(rows, labels=("pos", "neg"))
     assert codes(report) == {"unknown_label", "label_spellings"}
     assert found(report, "label_spellings").rows == {"train": (41, 42)}
     assert report.refused == {"train": 2}
 
 
+def test_a_row_without_labels_is_noted_where_the_task_takes_it():
+    rows = [{"text": row["text"], "labels": ["ab"[n % 2]]} for n, row in enumerate(clean_rows(40))]
+    rows[6]["labels"] = []
+    report = examine({"train": numbered(rows)}, task("multi-label", labels=("a", "b")))
+    assert [(one.code, one.severity, one.rows) for one in report.findings] == [("no_label", "note", {"train": (7,)})]
+
+
 def test_a_split_without_any_label_lacks_none_in_particular():
-    report = examined({"train": rows_with({"a": 20, "b": 20}), "test": [{"text": r["text"]} for r in clean_rows(9, 5)]})
-    assert codes(report) == {"missing_label"}
+    rows = [{"text": row["text"], "labels": ["ab"[n % 2]]} for n, row in enumerate(clean_rows(49))]
+    splits = {"train": numbered(rows[:40]), "test": numbered({**row, "labels": []} for row in rows[40:])}
+    assert codes(examine(splits, task("multi-label", labels=("a", "b")))) == {"no_label"}
 
 
 def test_counts_are_among_the_figures():

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from lightsft.doctor import languages
-from tests.doctor.stand_ins import codes, examined, found, texts
+from tests.doctor.reviews import codes, examined, found, texts
 
 ENGLISH = [
     f"The {what} was repaired last week, but nobody has told the owners what it is going to cost them."

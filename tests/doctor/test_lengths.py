@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightsft.doctor.lengths import Histogram
-from tests.doctor.stand_ins import clean_rows, codes, examined, found, texts
+from tests.doctor.reviews import clean_rows, codes, examined, found, texts
 
 
 def test_percentiles_are_those_of_the_lengths():
@@ -47,7 +47,7 @@ def test_the_tokenizer_s_own_limit_is_not_exceeded(tokenizer):
 
 def test_a_few_tokens_cut_are_a_note(tokenizer):
     rows = [*clean_rows(300), *texts("word " * 200)]
-    finding = found(examined([{"text": r["text"]} for r in rows], tokenizer=tokenizer, max_length=190), "over_long")
+    finding = found(examined(texts(*(row["text"] for row in rows)), tokenizer=tokenizer, max_length=190), "over_long")
     assert finding.severity == "note"
 
 

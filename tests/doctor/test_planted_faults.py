@@ -1,11 +1,11 @@
-"""A folder of faults, one file each: every fault is found in exactly its rows, and nothing else is reported."""
+"""`lightsft data` on a folder of faults, one file each: each is found in exactly its rows, and nothing else is."""
 
+import json
 from dataclasses import dataclass, field
 
 import pytest
 
-from lightsft.doctor import examine
-from tests.doctor.stand_ins import ReviewTask, clean_rows, clean_splits, codes, found, stream, write
+from tests.doctor.reviews import clean_rows, clean_splits, write
 
 NEW = [row["text"] for row in clean_rows(70, seed=1)]  # in none of the clean splits
 
@@ -39,7 +39,7 @@ def relabel(rows, number, label):
 
 CLEAN = clean_splits()
 TRAIN, TEST = CLEAN["train"], CLEAN["test"]
-AT_17 = {"train": (17,)}
+AT_17, AT_8 = {"train": (17,)}, {"test": (8,)}
 
 
 def in_text(code, text, severity="warning", **more):
@@ -47,11 +47,11 @@ def in_text(code, text, severity="warning", **more):
 
 
 FAULTS = {
-    "a line that is not JSON": Fault("not_json", "error", train={17: '{"text": "cut o'}, rows=AT_17),
-    "an empty text": Fault("empty_text", "error", train={17: row("")}, rows=AT_17),
-    "a text of spaces": Fault("empty_text", "error", train={17: row(" \t ")}, rows=AT_17),
-    "a row without the text": Fault("unreadable_row", "error", train={17: {"label": "pos"}}, rows=AT_17),
-    "a label that is missing": Fault("missing_label", "error", train={17: row(NEW[0], None)}, rows=AT_17),
+    "a line that is not JSON": Fault("broken_json", "error", train={17: '{"text": "cut o'}, rows=AT_17),
+    "an empty text": Fault("empty_cell", "error", train={17: row("")}, rows=AT_17),
+    "a text of spaces": Fault("empty_cell", "error", train={17: row(" \t ")}, rows=AT_17),
+    "a row without the text": Fault("empty_cell", "error", train={17: {"label": "pos"}}, rows=AT_17),
+    "a label that is missing": Fault("empty_cell", "error", train={17: row(NEW[0], None)}, rows=AT_17),
     "an unknown label": Fault(
         "unknown_label", "error", train={17: row(NEW[0], "neutral")}, rows=AT_17, labels=("neg", "pos")
     ),
@@ -62,9 +62,13 @@ FAULTS = {
         "label_spellings", train={n: row(NEW[n], "Pos") for n in (4, 6)}, rows={"train": (4, 6)}
     ),
     "a label with a space": Fault("label_spellings", train={17: row(NEW[0], "pos ")}, rows=AT_17),
-    "a label in the test split alone": Fault(
-        "label_not_in_train", test={n: row(NEW[n], "mixed") for n in range(1, 11)}, rows={"test": tuple(range(1, 11))}
+    "a label in the test split alone": Fault("unknown_label", "error", test={8: row(NEW[0], "mixed")}, rows=AT_8),
+    "a label that was named, in the test split alone": Fault(
+        "label_not_in_train", test={n: row(NEW[n], "mixed") for n in range(1, 11)}, rows={"test": tuple(range(1, 11))},
+        labels=("neg", "pos", "mixed"),
     ),
+    "several labels": Fault("several_labels", "error", train={17: row(NEW[0], ["neg", "pos"])}, rows=AT_17),
+    "a line that is no object": Fault("not_an_object", "error", train={17: '"a review"'}, rows=AT_17),
     "a label that the test split lacks": Fault(
         "label_not_in_split", train={n: row(NEW[n], "mixed") for n in range(1, 61)}, rows={}
     ),
@@ -92,7 +96,7 @@ FAULTS = {
         "dominant_text", train={n: row("No review was left.") for n in range(11, 51)},
         rows={"train": tuple(range(11, 31))},
     ),
-    "half a surrogate pair": in_text("surrogate", "\ud83d", "error"),
+    "half a surrogate pair": in_text("half_character", "\ud83d", "error"),
     "a lost character": in_text("replacement_character", "caf\ufffd"),
     "UTF-8 as cp1252": in_text("mojibake", "cafÃ© crÃ¨me"),
     "UTF-8 as Latin-1": in_text("mojibake", "it\u00e2\u0080\u0099s"),
@@ -127,43 +131,48 @@ FAULTS = {
         "unknown_tokens", train={17: row("Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich")}, rows=AT_17,
         tokens=True,
     ),
-    "a target that is cut": Fault("target_cut", train={17: row(NEW[0], target="cut")}, rows=AT_17, tokens=True),
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("faults")
+@pytest.fixture
+def checked(command, tokenizer_folder, tmp_path):
+    """How `lightsft data` ended on the clean splits with a fault in them, and what it printed as JSON."""
 
+    def run(fault):
+        for name, clean in CLEAN.items():
+            rows = [getattr(fault, name).get(number, row) for number, row in enumerate(clean, 1)]
+            write(tmp_path / f"{name}.jsonl", rows)
+        model = ["--model", tokenizer_folder] if fault.tokens else []
+        labels = ["--labels", ",".join(fault.labels)] if fault.labels else []
+        files = [tmp_path / "train.jsonl", "--test-data", tmp_path / "test.jsonl"]
+        ended = command("data", *files, *model, *labels, "--json")
+        assert ended.error == ""
+        return ended.code, json.loads(ended.out)
 
-def report_on(folder, fault, tokenizer):
-    splits = {}
-    for name, clean in CLEAN.items():
-        rows = [getattr(fault, name).get(number, row) for number, row in enumerate(clean, 1)]
-        write(folder / f"{name}.jsonl", rows)
-        splits[name] = stream(folder / f"{name}.jsonl")
-    return examine(splits, ReviewTask(fault.labels), tokenizer if fault.tokens else None)
+    return run
 
 
 def test_there_are_enough_faults():
-    assert len(FAULTS) >= 25
+    assert len(FAULTS) >= 45
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found_in_its_rows_and_nothing_else_is(name, folder, tokenizer):
+def test_a_planted_fault_is_found_in_its_rows_and_nothing_else_is(name, checked):
     fault = FAULTS[name]
-    report = report_on(folder, fault, tokenizer)
-    finding = found(report, fault.code)
-    assert finding.severity == fault.severity
-    assert finding.rows == fault.rows
-    assert codes(report) == {fault.code}
-    assert report.usable == (fault.severity != "error")
+    code, report = checked(fault)
+    [finding] = report["findings"]
+    assert (finding["code"], finding["severity"]) == (fault.code, fault.severity)
+    assert finding["rows"] == {split: list(numbers) for split, numbers in fault.rows.items()}
+    assert code == (fault.severity == "error")
+    assert report["usable"] == (code == 0)
 
 
-@pytest.mark.parametrize("with_tokenizer", [False, True])
-def test_clean_data_gives_no_finding(with_tokenizer, tmp_path, tokenizer):
-    report = report_on(tmp_path, Fault("", tokens=with_tokenizer), tokenizer)
-    assert report.findings == ()
-    assert report.rows == {"train": 400, "test": 100}
-    assert report.refused == {"train": 0, "test": 0}
-    assert report.usable
+@pytest.mark.parametrize("tokens", [False, True])
+def test_clean_data_gives_no_finding(tokens, checked):
+    code, report = checked(Fault("", tokens=tokens))
+    assert code == 0
+    assert report["findings"] == []
+    assert report["rows"] == {"train": 400, "test": 100}
+    assert report["refused"] == {"train": 0, "test": 0}
+    assert report["columns"] == "text: 'text' (by its name), label: 'label' (by its name)"
+    assert report["task"]["labels"] == ["neg", "pos"]

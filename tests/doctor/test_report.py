@@ -8,10 +8,11 @@ import sys
 import pytest
 from rich.console import Console
 
+from lightsft.data.parts import Numbered
 from lightsft.data.problems import Problem
 from lightsft.doctor import Finding, Report, examine, show
 from lightsft.doctor.findings import percent, plural
-from tests.doctor.stand_ins import Numbered, ReviewTask, clean_rows, codes, examined, found, numbered, texts
+from tests.doctor.reviews import clean_rows, codes, examined, found, numbered, task_of, texts
 
 
 def shown(report, width=120):
@@ -40,7 +41,7 @@ def test_a_report_survives_json(poor):
     again = json.loads(json.dumps(poor.as_json(), allow_nan=False))
     assert again["usable"] is False
     assert again["rows"] == {"train": 40, "test": 20}
-    assert again["findings"][0]["code"] == "empty_text"
+    assert again["findings"][0]["code"] == "empty_cell"
     assert again["findings"][0]["rows"] == {"train": [5]}
     assert set(again["findings"][0]) == {"code", "severity", "title", "count", "rows", "sample", "action", "fix"}
 
@@ -48,7 +49,7 @@ def test_a_report_survives_json(poor):
 def test_the_screen_shows_what_where_and_how_to_mend_it(poor):
     screen = shown(poor)
     assert screen.splitlines()[0].startswith("60 rows (train 40, test 20) in")
-    assert "error    1 row: empty text" in screen
+    assert "error    1 row: empty cell" in screen
     assert "rows  train 5" in screen
     assert "--drop-bad-rows" in screen
     assert "j***@e***.com" in screen
@@ -87,14 +88,14 @@ def test_no_rows_is_an_error():
 
 def test_at_most_twenty_rows_of_each_split_are_named():
     rows = [{"text": " ", "label": "a"}] * 30
-    finding = found(examined({"train": rows, "test": rows}), "empty_text")
+    finding = found(examined({"train": rows, "test": rows}), "empty_cell")
     assert finding.count == 60
     assert finding.rows == {"train": tuple(range(1, 21)), "test": tuple(range(1, 21))}
 
 
 def test_problems_of_one_code_are_one_finding_with_the_first_as_example():
     rows = [Numbered(n, None, Problem("not_json", f"is not JSON at {n}", "an object", "mend it"), n, 0) for n in (3, 8)]
-    finding = found(examine({"train": rows}, ReviewTask()), "not_json")
+    finding = found(examine({"train": rows}, task_of([])), "not_json")
     assert (finding.count, finding.rows, finding.sample) == (2, {"train": (3, 8)}, "row 3 is not JSON at 3")
     assert finding.fix == "expected: an object; mend it"
 
@@ -102,7 +103,7 @@ def test_problems_of_one_code_are_one_finding_with_the_first_as_example():
 def test_progress_is_told_in_rows_and_bytes():
     told = []
     rows = clean_rows(1200)
-    examine({"train": numbered(rows)}, ReviewTask(), progress=lambda *what: told.append(what))
+    examine({"train": numbered(rows)}, task_of(rows), progress=lambda *what: told.append(what))
     assert told == [("train", 500, 50_000), ("train", 1000, 100_000), ("train", 1200, 120_000)]
 
 
@@ -112,7 +113,7 @@ def test_errors_of_the_reader_pass_through():
         raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):
-        examine({"train": breaks()}, ReviewTask())
+        examine({"train": breaks()}, task_of([]))
 
 
 def test_shares_have_two_figures():
@@ -123,7 +124,8 @@ def test_shares_have_two_figures():
 MEMORY = """
 import random, sys
 from pathlib import Path
-from tests.doctor.stand_ins import Numbered, ReviewTask, sentence
+from lightsft.data.parts import Numbered
+from tests.doctor.reviews import sentence, task_of
 from lightsft.doctor import examine
 
 def reviews(count):
@@ -132,7 +134,7 @@ def reviews(count):
         text = f"{sentence(chance)} {sentence(chance)} No. {number}."
         yield Numbered(number, {"text": text, "label": "ab"[number % 2]}, None, number, 80 * number)
 
-report = examine({"train": reviews(int(sys.argv[1]))}, ReviewTask())
+report = examine({"train": reviews(int(sys.argv[1]))}, task_of([{"label": "a"}, {"label": "b"}]))
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], report.rows["train"])
 """
 

@@ -9,7 +9,7 @@ import pytest
 from lightsft.doctor.near import BANDS, ROWS
 from lightsft.doctor.shingle_store import ShingleStore
 from lightsft.doctor.shingles import band_hashes, jaccards, shingle_sets, words_of
-from tests.doctor.stand_ins import clean_rows
+from tests.doctor.reviews import clean_rows
 
 
 def triples(words):

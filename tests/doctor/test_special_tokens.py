@@ -3,7 +3,7 @@
 import pytest
 
 from lightsft.doctor.special_tokens import special_tokens
-from tests.doctor.stand_ins import codes, examined, texts
+from tests.doctor.reviews import codes, examined, texts
 
 
 def test_the_tokenizer_s_own_are_read_off_it(tokenizer):

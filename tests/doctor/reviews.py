@@ -1,13 +1,11 @@
-"""What the doctor works with, in small: rows from a jsonl file, a task with labels, texts without a fault."""
+"""Texts without a fault, and reports on rows like them."""
 
 import json
 import random
-from collections import namedtuple
 
-from lightsft.data.problems import Problem
+from lightsft.data.parts import Numbered
 from lightsft.doctor import examine
-
-Numbered = namedtuple("Numbered", "number row problem line position")
+from lightsft.tasks import task
 
 WORDS = {
     "s": "actor camera director ending script soundtrack story editor dialogue villain heroine pacing",
@@ -48,62 +46,38 @@ def clean_splits():
     return {"train": rows[:400], "test": rows[400:]}
 
 
-class ReviewTask:
-    """Empty texts are its errors, and labels that it does not know where it was told the labels."""
-
-    def __init__(self, labels=None):
-        self.labels = labels
-
-    def text_of(self, row):
-        return str(row["text"])
-
-    def classes(self, row):
-        return (row["label"],) if row.get("label") is not None else ()
-
-    def problems(self, row):
-        if not str(row["text"]).strip():
-            yield Problem("empty_text", "has an empty 'text'", "a text in every row", "fill it, or remove the row")
-        if self.labels and row.get("label") not in self.labels:
-            yield Problem("unknown_label", f"has the label {row.get('label')!r}")
-
-    def token_problems(self, row, tokenizer):
-        if row.get("target") == "cut":
-            yield Problem("target_cut", "has a target that truncation removes", severity="warning")
-
-
 def numbered(rows):
     """Rows as a reader numbers them."""
     return (Numbered(number, row, None, number, 100 * number) for number, row in enumerate(rows, 1))
+
+
+def task_of(rows, **options):
+    """Classification of labelled rows, regression of scored ones, else plain texts; nothing is too long for it."""
+    if any("label" in row for row in rows):
+        names = {row["label"] for row in rows if row.get("label") is not None} | {"neg", "pos"}
+        return task("classification", **{"labels": sorted(names), "max_length": 10**9} | options)
+    if any("score" in row for row in rows):
+        return task("regression", **{"max_length": 10**9} | options)
+    return task("masked-lm", **options)
+
+
+def examined(rows, tokenizer=None, **options):
+    """The report on the rows of one split, or of several by name; options are the task's."""
+    splits = rows if isinstance(rows, dict) else {"train": rows}
+    chosen = task_of([row for part in splits.values() for row in part], **options)
+    return examine({name: numbered(part) for name, part in splits.items()}, chosen, tokenizer)
+
+
+def texts(*these):
+    """Rows with these texts and no label."""
+    return [{"text": text, "score": 0} for text in these]
 
 
 def write(path, rows):
     """A jsonl file; a row that is a string already is written as it is."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def stream(path):
-    """A stand-in for the reader: a line that is not JSON is a problem of its row."""
-    position = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            position += len(line)
-            try:
-                row, problem = json.loads(line), None
-            except ValueError as error:
-                row, problem = None, Problem("not_json", f"is not JSON: {error}", "one JSON object per line")
-            yield Numbered(number, row, problem, number, position)
-
-
-def examined(rows, **options):
-    """The report on the rows of one split, or of several by name."""
-    splits = rows if isinstance(rows, dict) else {"train": rows}
-    return examine({name: numbered(part) for name, part in splits.items()}, ReviewTask(), **options)
-
-
-def texts(*these):
-    """Rows with these texts and no label."""
-    return [{"text": text} for text in these]
+    return path
 
 
 def codes(report, *, least="note"):
