@@ -27,6 +27,7 @@ class Sublayer:
     writes: str  # the module whose output joins the residual stream
     size: int  # width of the residual stream
     axis: int = -1  # of the writer's output, along which that width lies
+    alike: bool = True  # whether what is read has the shape of what is written; a convolution's may differ
 
 
 def find_sublayers(backbone: Backbone) -> list[Sublayer]:
@@ -92,7 +93,9 @@ class _Finder:
         attention = writer != block and self.group(writer) is not None
         shape, axis = self.call(writer).output_shape, self.feature_axis(writer)
         size = shape[axis] if shape else 0
-        return Sublayer(attention, index, self.reader(writer, block), writer, size, axis)
+        reader = self.reader(writer, block)
+        given = self.call(reader).input_shape
+        return Sublayer(attention, index, reader, writer, size, axis, alike=not given or given == shape)
 
     def reader(self, writer: str, block: str) -> str:
         """The first layer called of the writer's group; a mixture of experts, or a block, reads its own input."""

@@ -96,6 +96,13 @@ class Adapter:
         chosen, parallel = self._chosen(backbone), self.placement == "parallel"
         if self.reads == "sublayer":
             kind = ParallelSide if parallel else BottleneckSide
+            chosen = [one for one in chosen if one.alike or not parallel]
+            if not chosen:
+                raise TargetError(
+                    f"every sublayer of {type(backbone.model).__name__} gives another shape than it is given",
+                    expected="feed-forwards whose input is as wide and as long as their output",
+                    todo="use placement='pfeiffer' or 'houlsby'",
+                )
             return [Site(one, one.writes, one.reads if parallel else None, kind) for one in chosen]
         junctions = find_junctions(backbone)
         without = [one.writes for one in chosen if one.writes not in junctions]

@@ -76,9 +76,9 @@ def is_messages(value: Any) -> bool:
 
 
 def is_file(value: Any) -> bool:
-    """The path of a file, what a data set stores of one ({"bytes", "path"}), or an image in memory."""
+    """The path of a file, what a data set stores of one ({"bytes", "path"}), or an image or a sound in memory."""
     if isinstance(value, Mapping):
-        return "bytes" in value or "path" in value
+        return "bytes" in value or "path" in value or {"array", "sampling_rate"} <= value.keys()
     if isinstance(value, str | os.PathLike):
         path = os.fspath(value)
         return len(path) < 4096 and "\0" not in path and os.path.isfile(path)

@@ -219,7 +219,9 @@ class TestPacked:
         (tmp_path / name).write_bytes(gzip.compress(text.encode()))
         assert read_rows(tmp_path / name) == ROWS
 
-    @pytest.mark.parametrize("content", [b"text,label\n", gzip.compress(b"text,label\n" * 500)[:-20]])
+    DAMAGED: ClassVar = {"no archive": b"text,label\n", "cut short": gzip.compress(b"text,label\n" * 500, mtime=0)[:-20]}
+
+    @pytest.mark.parametrize("content", DAMAGED.values(), ids=list(DAMAGED))
     def test_a_damaged_one_is_refused(self, tmp_path, content):
         (tmp_path / "rows.csv.gz").write_bytes(content)
         with pytest.raises(DataError, match=r"rows.csv.gz is damaged"):
