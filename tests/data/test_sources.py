@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -219,7 +220,10 @@ class TestPacked:
         (tmp_path / name).write_bytes(gzip.compress(text.encode()))
         assert read_rows(tmp_path / name) == ROWS
 
-    DAMAGED: ClassVar = {"no archive": b"text,label\n", "cut short": gzip.compress(b"text,label\n" * 500, mtime=0)[:-20]}
+    DAMAGED: ClassVar = {
+        "no archive": b"text,label\n",
+        "cut short": gzip.compress(b"text,label\n" * 500, mtime=0)[:-20],
+    }
 
     @pytest.mark.parametrize("content", DAMAGED.values(), ids=list(DAMAGED))
     def test_a_damaged_one_is_refused(self, tmp_path, content):
