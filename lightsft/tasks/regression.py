@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.nn.functional import mse_loss
 from lightsft.data.columns import ColumnKind
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
+from lightsft.errors import ConfigurationError
 from lightsft.metrics.regression import regression_scores
 from lightsft.tasks.base import Array, Feature, Metrics, Task
 from lightsft.tasks.predicting import Said
@@ -25,12 +26,14 @@ from lightsft.tasks.texts import PAIR, TEXT, encode_texts, joined, text_problems
 class Regression(Task):
     """(prediction - number)^2, its mean. The numbers are learned as they are: bring large ones to the order of one.
 
-    text, text_pair, label: columns; label holds the number. max_length: in tokens.
+    text, text_pair, label: columns; label holds the number. labels: what the one output is called. max_length: in
+    tokens.
     """
 
     text: str = "text"
     text_pair: str | None = None
     label: str = "score"
+    labels: tuple[str, ...] = ("value",)
     max_length: int = 128
 
     name: ClassVar[str] = "regression"
@@ -42,6 +45,16 @@ class Regression(Task):
         "text_pair": PAIR,
         "label": ColumnKind(("score", "label", "value", "similarity", "rating", "number", "target", "stars"), "number"),
     }
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(map(str, self.labels)))
+        if len(self.labels) != 1:
+            raise ConfigurationError(f"labels={list(self.labels)}", expected="one name, of the one output")
+
+    @classmethod
+    def of_labels(cls, labels: Sequence[str], **options: Any) -> Self:
+        """The checkpoint's name for its output."""
+        return cls(labels=tuple(labels)[:1] or ("value",), **options)
 
     def text_of(self, row: Row) -> str:
         """Both texts."""

@@ -9,6 +9,7 @@ import transformers
 from scipy import stats
 
 import lightsft
+from lightsft.errors import ConfigurationError
 from lightsft.tasks.regression import Regression, number_of, whole_number
 from tests.checkpoints import labelled_rows, wordpiece_tokenizer
 from tests.tasks.checks import codes, gradient_is_finite, made_again, outcomes_whatever_the_company, whole_and_parts
@@ -39,6 +40,9 @@ def test_columns_are_found():
     task = Regression.for_rows(rows, "file")
     assert (task.text, task.text_pair, task.label) == ("sentence1", "sentence2", "similarity")
     assert made_again(task)
+    assert task.describe()["labels"] == ["value"]  # the head has one output wherever it is loaded again
+    with pytest.raises(ConfigurationError, match="one name"):
+        lightsft.task("regression", labels=["a", "b"])
 
 
 def test_the_loss_is_the_mean_squared_error_of_transformers():
