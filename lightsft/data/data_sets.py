@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,26 @@ def data_set_parts(data: Any) -> Parts:
 
 
 def _rows(data: Any) -> Iterator[Numbered]:
-    return numbered(_undecoded(data))
+    return numbered(_named(_undecoded(data)))
+
+
+def _named(data: Any) -> Iterator[Any]:
+    """Rows with the names of classes in the place of their numbers, also in lists of them; -1 is no class."""
+    import datasets
+
+    classes = {}
+    for column, feature in (data.features or {}).items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, datasets.ClassLabel):
+            classes[column] = inner.names
+    for row in data:
+        yield {**row, **{column: _name(row[column], names) for column, names in classes.items()}} if classes else row
+
+
+def _name(cell: Any, names: Sequence[str]) -> Any:
+    if isinstance(cell, list):
+        return [_name(one, names) for one in cell]
+    return names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else None
 
 
 def _undecoded(data: Any) -> Any:
