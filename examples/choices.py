@@ -38,7 +38,7 @@ def main(rows: int, epochs: float, seed: int) -> Scores:
     task = lightsft.task("multiple-choice", max_length=64)
     splits = split_rows(questions(), lambda row: str(row["question_en"]), validation=0.0, test=0.3)
     train, test = with_choices(splits.train, 1, seed=1), with_choices(splits.test, 1, seed=2)
-    backbone = Backbone.load(minilm(), task=task.name, dtype="float32", seed=seed)
+    backbone = Backbone.load(minilm(), task=task.name, seed=seed)
     before, after = fine_tune(
         task,
         backbone,

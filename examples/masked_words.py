@@ -47,7 +47,7 @@ def main(rows: int, epochs: float, seed: int) -> Scores:
     """Loss at the masked words of papers that are not trained on, and how many of them are named."""
     task = lightsft.task("masked-lm", whole_word=True, max_length=128)
     train, test = at_most(texts("train") + texts("val"), rows, task.key), at_most(texts("test"), 10, task.key)
-    backbone = Backbone.load(minilm(), task=task.name, dtype="float32", seed=seed)
+    backbone = Backbone.load(minilm(), task=task.name, seed=seed)
     before, after = fine_tune(task, backbone, LoRA(rank=16, alpha=32), train, test, epochs=epochs, seed=seed)
     shares = by_share(task, train, test, backbone.tokenizer)
     return show(before, after, ["loss", "perplexity", "token_accuracy"], shares)

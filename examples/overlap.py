@@ -43,7 +43,7 @@ def main(rows: int, epochs: float, seed: int) -> Scores:
     """Correlation of the predicted and the true share, on sentences of other papers."""
     task = lightsft.task("regression", text="sentence1", text_pair="sentence2", max_length=96)
     train, test = at_most(pairs("train", seed=1), rows, task.key), at_most(pairs("test", seed=2), 200, task.key)
-    backbone = Backbone.load(minilm(), task=task.name, labels=task.labels, dtype="float32", seed=seed)
+    backbone = Backbone.load(minilm(), task=task.name, labels=task.labels, seed=seed)
     before, after = fine_tune(task, backbone, LoRA(rank=16, alpha=32), train, test, epochs=epochs, seed=seed)
     print(f"root mean squared error of the mean {task.baseline(train, test)['rmse']:.3f}")
     return show(before, after, ["pearson", "spearman", "rmse"])

@@ -66,7 +66,7 @@ def main(rows: int, epochs: float, seed: int) -> Scores:
     """F1 of words and exact match, on papers that are not trained on."""
     task = lightsft.task("question-answering", max_length=320, stride=64, max_answer_length=120)
     train, test = at_most(made_of("train") + made_of("val"), rows, task.key), at_most(made_of("test"), 120, task.key)
-    backbone = Backbone.load(minilm(), task=task.name, dtype="float32", seed=seed)
+    backbone = Backbone.load(minilm(), task=task.name, seed=seed)
     before, after = fine_tune(task, backbone, LoRA(rank=16, alpha=32), train, test, epochs=epochs, seed=seed)
     return show(before, after, ["f1", "exact_match"], by_chance(test))
 

@@ -24,7 +24,7 @@ def main(rows: int, epochs: float, seed: int) -> Scores:
     """How often the right answer is the first among the answers to all test questions."""
     task = lightsft.task("embedding", anchor="question_sv", positive="answer_en", max_length=64)
     splits = split_rows(questions(), task.key, validation=0.0, test=0.3)
-    backbone = Backbone.load(minilm(), task=task.name, dtype="float32", seed=seed)
+    backbone = Backbone.load(minilm(), task=task.name, seed=seed)
     train = at_most(splits.train, rows, task.key)
     before, after = fine_tune(
         task, backbone, LoRA(rank=16, alpha=32), train, splits.test, epochs=epochs, seed=seed, batch_size=32

@@ -23,7 +23,7 @@ def main(rows: int, epochs: float, seed: int) -> Scores:
     data = [{"text": "\n".join(f"- {m['content']}" for m in row["messages"])} for row in dialogues()]
     splits = split_rows(data, lambda row: row["text"].split("\n")[0], validation=0.0, test=0.1)
     train, test = at_most(splits.train, rows, task.key), at_most(splits.test, 60, task.key)
-    backbone = Backbone.load(smollm2(), task=task.name, dtype="float32", seed=seed)
+    backbone = Backbone.load(smollm2(), task=task.name, seed=seed)
     before, after = fine_tune(
         task, backbone, LoRA(rank=8, alpha=16), train, test, epochs=epochs, seed=seed, batch_size=8
     )

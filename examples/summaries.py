@@ -46,7 +46,7 @@ def main(rows: int, epochs: float, seed: int, tests: int = 24) -> Scores:
         generate=48,
     )
     train, test = at_most(marked("train"), rows, task.key), at_most(marked("test"), tests, task.key)
-    backbone = Backbone.load(smollm2(), task=task.name, dtype="float32", seed=seed)
+    backbone = Backbone.load(smollm2(), task=task.name, seed=seed)
     lead = text_scores(text_statistics([row["first"] for row in test], [row["target"] for row in test]))
     before, after = fine_tune(
         task, backbone, LoRA(rank=8, alpha=16), train, test, epochs=epochs, seed=seed, batch_size=8
