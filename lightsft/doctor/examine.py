@@ -22,6 +22,7 @@ from lightsft.doctor.report import Report
 from lightsft.doctor.row_problems import RowProblems
 from lightsft.doctor.scripts import ScriptMix
 from lightsft.doctor.special_tokens import SpecialTokens
+from lightsft.errors import DataError
 
 if TYPE_CHECKING:
     from lightsft.tasks.base import Task
@@ -137,7 +138,7 @@ class _Examination:
                 if self._tokenizer is not None:
                     problems += task.token_problems(row, self._tokenizer)
                 inputs = task.inputs(row, self._tokenizer) if _none_is_error(problems) else []
-        except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OSError, DataError) as error:
             if _none_is_error(problems):  # else it has been said what is wrong
                 found = f"cannot be turned into a text ({type(error).__name__}: {error})"
                 problems.append(Problem("unreadable_row", found))

@@ -67,11 +67,12 @@ CLEAN = {
     "masked-lm": [{"text": one} for one in FIRST],
     "language-modeling": [{"text": one} for one in FIRST],
 }
-REFUSES_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + TEMPLATE
-)
+NAMED = {"seq2seq": "seq2seq(max_target_length=300)"}
+REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no!') }}{% endif %}" + TEMPLATE
 DROPS_SYSTEM = TEMPLATE.replace("for m in messages", "for m in messages if m['role'] != 'system'")
-SYSTEM_LAST = DROPS_SYSTEM + "{% for m in messages if m['role'] == 'system' %}{{ m['content'] }}{% endfor %}"
+SYSTEM_SECOND = (
+    "{% if messages[0]['role'] == 'system' %}{% set messages = [messages[1], messages[0]] + messages[2:] %}{% endif %}"
+) + TEMPLATE
 WITH_BOS = "{{ bos_token }}" + TEMPLATE
 GUIDED = {17: messages(("system", "You are a critic."), ("user", FIRST[16]), ("assistant", SECOND[16]))}
 TAGS = sentence_with_entities(16)
@@ -109,10 +110,14 @@ FAULTS = {
         "chat", "over_long", "warning", messages(("user", "short"), ("assistant", "long " * 200)),
     ),
     "no chat template": Fault("chat", "template_fails", "error", {}, tuple(range(1, 21)), template=None),
-    "a template that refuses system messages": Fault("chat", "template_fails", "error", GUIDED, template=REFUSES_SYSTEM),
-    "a template that drops system messages": Fault("chat", "message_left_out", "warning", GUIDED, template=DROPS_SYSTEM),
+    "a template that refuses system messages": Fault(
+        "chat", "template_fails", "error", GUIDED, template=REFUSES_SYSTEM
+    ),
+    "a template that drops system messages": Fault(
+        "chat", "message_left_out", "warning", GUIDED, template=DROPS_SYSTEM
+    ),
     "a template that moves system messages": Fault(
-        "chat", "messages_reordered", "warning", GUIDED, template=SYSTEM_LAST
+        "chat", "messages_reordered", "warning", GUIDED, template=SYSTEM_SECOND
     ),
     "a BOS token from template and tokenizer": Fault(
         "chat", "bos_added_again", "note", {}, tuple(range(1, 21)), template=WITH_BOS, tokenizer={"bos": True}
@@ -149,14 +154,14 @@ FAULTS = {
         options=("--task", "question-answering(unanswerable=false)"),
     ),
     "a target that is cut": fault(
-        "seq2seq", "target_cut", "warning", {"source": FIRST[16], "target": "word " * 60},
-        options=("--task", "seq2seq(max_target_length=250, max_length=900)"),
+        "seq2seq", "target_cut", "warning", {"source": FIRST[16], "target": "word " * 80},
     ),
     "no target": fault("seq2seq", "empty_cell", "error", {"source": FIRST[16], "target": ""}),
     "a damaged target": fault("seq2seq", "mojibake", "warning", {"source": FIRST[16], "target": "Ã¼ber cafÃ©"}),
     "a source with two targets": fault("seq2seq", "duplicate", "warning", {"source": FIRST[3], "target": SECOND[16]}),
     "a label that was not named": fault(
-        "multi-label", "unknown_label", "error", {"text": FIRST[16], "labels": ["a", "e"]}, options=("--labels", "a,b,c,d")
+        "multi-label", "unknown_label", "error", {"text": FIRST[16], "labels": ["a", "e"]},
+        options=("--labels", "a,b,c,d"),
     ),
     "labels of one text that differ": Fault(
         "multi-label", "conflicting_labels", "warning", {17: {"text": FIRST[3], "labels": ["a"]}}, (4, 17)
@@ -206,9 +211,9 @@ def checked(command, model_folder, tmp_path):
     def run(one):
         rows = [one.changed.get(number, row) for number, row in enumerate(CLEAN[one.task], 1)]
         file = write(tmp_path / "rows.jsonl", rows)
-        task = () if "--task" in one.options else ("--task", one.task)
+        task = () if "--task" in one.options else ("--task", NAMED.get(one.task, one.task))
         model = ("--model", model_folder(one.template, **one.tokenizer))
-        length = ("--max-length", 900) if one.task in ("chat", "regression", "multiple-choice", "embedding") else ()
+        length = () if one.task in ("token-classification", "question-answering") else ("--max-length", 900)
         ended = command("data", file, *task, *one.options, *model, *length, "--json")
         assert ended.out, ended.error
         return ended.code, json.loads(ended.out)
@@ -230,8 +235,7 @@ def test_a_fault_of_one_task_is_found_in_its_rows_and_nothing_worse_is(name, che
 
 @pytest.mark.parametrize("task", CLEAN)
 def test_clean_rows_of_any_task_give_no_finding(task, checked):
-    options = ("--task", "seq2seq(max_target_length=300, max_length=900)") if task == "seq2seq" else ()
-    code, report = checked(Fault(task, "", "", {}, options=options))
+    code, report = checked(Fault(task, "", "", {}))
     assert (code, report["findings"]) == (0, [])
     assert report["rows"] == {"train": 80}
 
