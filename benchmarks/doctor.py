@@ -2,7 +2,8 @@
 
 Seeded rows of about 300 to 700 characters (pseudo-words drawn by Zipf's law, four labels, 1 % repeated, 1 % repeated
 with a word added), --megabytes of them (1000), are written to a temporary folder and checked in a process of its own;
-with --tokenizer, lengths are counted in its tokens. Peak: the largest resident memory, and that after the imports.
+with --model, lengths are counted in its tokens. Both passes (columns and labels, then the rows) count. Peak: the
+largest resident memory, and that after the imports.
 """
 
 from __future__ import annotations
@@ -13,57 +14,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-
-from lightsft.data.problems import Problem
 
 WORDS, SEED, BATCH = 30_000, 0, 1000
 LABELS = ("arts", "business", "science", "sports")
 
 
-class Row(NamedTuple):
-    """What the doctor reads of a row."""
-
-    number: int
-    row: Mapping[str, Any]
-    problem: None
-    position: int
-
-
-class Labelled:
-    """A task with a text and a label."""
-
-    def text_of(self, row: Mapping[str, Any]) -> str:
-        return str(row["text"])
-
-    def classes(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        return (str(row["label"]),)
-
-    def problems(self, row: Mapping[str, Any]) -> Iterator[Problem]:
-        return iter(())
-
-    def token_problems(self, row: Mapping[str, Any], tokenizer: Any) -> Iterator[Problem]:
-        return iter(())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000)
-    parser.add_argument("--tokenizer", help="folder or id; without it lengths are in words")
+    parser.add_argument("--model", help="folder or id, for its tokenizer; without it lengths are in words")
     parser.add_argument("--check", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.check is not None:
-        check(options.check, options.tokenizer)
+        check(options.check, options.model)
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         rows = write(file, options.megabytes * 1_000_000)
         print(f"{rows:,} rows, {file.stat().st_size / 1e6:,.0f} MB", flush=True)
-        more = ["--tokenizer", options.tokenizer] if options.tokenizer else []
+        more = ["--model", options.model] if options.model else []
         subprocess.run([sys.executable, __file__, "--check", str(file), *more], check=True)
 
 
@@ -95,26 +67,14 @@ def write(file: Path, size: int) -> int:
     return rows
 
 
-def read(file: Path) -> Iterator[Row]:
-    position = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            position += len(line)
-            yield Row(number, json.loads(line), None, position)
-
-
-def check(file: Path, tokenizer: str | None) -> None:
+def check(file: Path, model: str | None) -> None:
     from rich.console import Console
 
-    from lightsft.doctor import examine, show
+    from lightsft.doctor import show
+    from lightsft.doctor.sources import check_up
 
-    chosen = None
-    if tokenizer:
-        from transformers import AutoTokenizer
-
-        chosen = AutoTokenizer.from_pretrained(tokenizer)
     before, began = peak_megabytes(), time.perf_counter()
-    report = examine({"train": read(file)}, Labelled(), chosen, 128 if chosen is not None else None)
+    report = check_up(str(file), "classification", model).report
     seconds, rows = time.perf_counter() - began, sum(report.rows.values())
     show(report, Console(width=140))
     print(f"{seconds:.1f} s, {rows / seconds:,.0f} rows/s, {file.stat().st_size / 1e6 / seconds:.1f} MB/s")

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightsft.data.parts import Numbered, Row
 
-MOST_ROWS = 10_000  # evenly spaced
+MOST_ROWS, MOST_BYTES = 10_000, 64_000_000  # evenly spaced
 MOST_VALUES = 1000  # of a column; one with more is no label
 LONGEST_VALUE = 200  # characters
 
@@ -18,24 +18,46 @@ def representative(rows: Iterable[Numbered], separator: str = ",") -> list[Row]:
 
     Evenly spaced: every row, and each time MOST_ROWS are held, every second of them stays and half as many follow.
     Besides, of each column, a row for each of its first MOST_VALUES values (the elements of a list, the parts of a text
-    between separators): whatever takes few values, as labels and tags do, is seen with all of them. One pass;
-    held are at most MOST_ROWS rows and MOST_VALUES for each column.
+    between separators), without its longer texts: whatever takes few values, as labels and tags do, is seen with all of
+    them. One pass; held are at most MOST_ROWS rows of MOST_BYTES in the file, and MOST_VALUES short ones per column.
     """
-    even: dict[int, Row] = {}
+    even = _Even()
     new: dict[int, Row] = {}
     known: dict[str, set[str]] = {}
-    parts, step = re.compile(rf"\s*{re.escape(separator)}\s*"), 1
-    readable = (one.row for one in rows if one.row is not None)
-    for number, row in enumerate(readable):
+    parts, position = re.compile(rf"\s*{re.escape(separator)}\s*"), 0
+    for number, one in enumerate(one for one in rows if one.row is not None):
+        row = one.row or {}
         if _brings_new(row, known, parts):
-            new[number] = row
-        if number % step == 0:
-            even[number] = row
-            if len(even) > MOST_ROWS:
-                step *= 2
-                even = {place: kept for place, kept in even.items() if place % step == 0}
-    both = even | new
+            new[number] = {name: cell for name, cell in row.items() if not _is_long(cell)}
+        even.add(number, row, one.position - position)
+        position = one.position
+    both = new | even.rows
     return [both[number] for number in sorted(both)]
+
+
+class _Even:
+    """Every `step`-th row; the first always."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Row] = {}
+        self._sizes: dict[int, int] = {}
+        self._bytes, self._step = 0, 1
+
+    def add(self, number: int, row: Row, size: int) -> None:
+        """Hold a row if it is its turn; where there are too many, half of them go."""
+        if number % self._step:
+            return
+        self.rows[number], self._sizes[number] = row, size
+        self._bytes += size
+        while len(self.rows) > MOST_ROWS or (self._bytes > MOST_BYTES and len(self.rows) > 1):
+            self._step *= 2
+            for place in [place for place in self.rows if place % self._step]:
+                del self.rows[place]
+                self._bytes -= self._sizes.pop(place)
+
+
+def _is_long(cell: Any) -> bool:
+    return isinstance(cell, str) and len(cell) > LONGEST_VALUE
 
 
 def _brings_new(row: Row, known: dict[str, set[str]], parts: re.Pattern[str]) -> bool:
@@ -52,7 +74,7 @@ def _brings_new(row: Row, known: dict[str, set[str]], parts: re.Pattern[str]) ->
 
 def _values(cell: Any, parts: re.Pattern[str]) -> Iterator[str]:
     if isinstance(cell, str):
-        if len(cell) <= LONGEST_VALUE:
+        if not _is_long(cell):
             yield from parts.split(cell)
     elif isinstance(cell, Mapping):
         for value in cell.values():

@@ -44,6 +44,15 @@ def test_another_separator_parts_other_texts():
     assert rows[4321] in representative(numbered(rows), separator="|")
 
 
+def test_of_long_rows_fewer_are_held(monkeypatch):
+    monkeypatch.setattr(sampling, "MOST_BYTES", 10_000)
+    rows = [{"text": "x" * 1000, "label": "ab"[n == 40]} for n in range(90)]
+    taken = representative(Numbered(n, row, position=1000 * n) for n, row in enumerate(rows, 1))
+    assert taken[0] == rows[0]
+    assert 3 <= sum(row in rows for row in taken) <= 10
+    assert {"label": "b"} in taken  # without its long text
+
+
 def test_rows_that_cannot_be_read_are_passed_over():
     rows = [Numbered(1, None, Problem("broken", "is broken")), Numbered(2, {"text": "a"})]
     assert representative(rows) == [{"text": "a"}]

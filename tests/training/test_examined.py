@@ -2,10 +2,7 @@
 
 import pytest
 
-from lightsft import doctor
-from lightsft.comparison.compare import compare
-from lightsft.config import RunConfig, SingleConfig, build
-from lightsft.files import read_json
+from lightsft.config import SingleConfig, build
 from lightsft.training import prepared
 from lightsft.training.prepared import prepare, read
 from lightsft.training.single import train
@@ -81,21 +78,3 @@ def test_training_without_the_check_says_nothing(values):
     said = []
     train(single(values, strategy="bitfit", check_data=False), say=said.append)
     assert not any("warning:" in line for line in said)
-
-
-def test_a_comparison_examines_once_and_reports_it(values, monkeypatch, tmp_path):
-    calls = tmp_path / "calls"
-    real = doctor.examine
-
-    def counted(*arguments, **options):
-        calls.open("a").write("x")
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(doctor, "examine", counted)
-    out = tmp_path / "compared"
-    compare(build(RunConfig, {**values, "out": str(out), "strategies": "bitfit", "seeds": 2}))
-    data = read_json(out / "results.json")["data"]
-    [leak] = [finding for finding in data["findings"] if finding["code"] == "leakage"]
-    assert leak["rows"] == {"test": [3, 9]}
-    assert "2 rows of test with a text that is in an earlier split too" in (out / "report.md").read_text()
-    assert "2 rows of test with a text that is in an earlier split too" in (out / "report.html").read_text()
