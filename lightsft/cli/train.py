@@ -18,5 +18,5 @@ def command(config: SingleConfig) -> None:
     result = train(config, say=lambda text: typer.echo(text))
     for name, value in result.test.items():
         if isinstance(value, float):
-            typer.echo(f"test {name:<16} {value:.4f}")
+            typer.echo(f"test {name:<18} {value:.4f}")
     typer.echo(f"adapter     {config.out}")

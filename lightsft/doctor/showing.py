@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from lightsft.doctor.findings import NOTHING, Finding, first_rows, plural
@@ -13,17 +14,18 @@ from lightsft.doctor.report import Report
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 SHOWN_ROWS = 8  # for each split
+INDENT = 9
 
 
 def show(report: Report, console: Console) -> None:
     """Errors first; where there is nothing to say, what was checked."""
     for line in lines(report):
-        if line.no_wrap:
+        if isinstance(line, Text) and line.no_wrap:
             line.truncate(console.width, overflow="ellipsis")
         console.print(line)
 
 
-def lines(report: Report) -> Iterator[Text]:
+def lines(report: Report) -> Iterator[Text | Padding]:
     """The lines of a report."""
     rows = ", ".join(f"{split} {count:,}" for split, count in report.rows.items())
     yield Text(f"{plural(sum(report.rows.values()), 'row')} ({rows}) in {report.seconds:.1f} s")
@@ -34,7 +36,7 @@ def lines(report: Report) -> Iterator[Text]:
     yield _verdict(report)
 
 
-def _finding(finding: Finding) -> Iterator[Text]:
+def _finding(finding: Finding) -> Iterator[Text | Padding]:
     yield Text.assemble((f"{finding.severity:<8}", STYLES[finding.severity]), " ", (finding.title, "bold"))
     if finding.rows:
         yield _detail(f"rows  {first_rows(finding.rows, SHOWN_ROWS)}")
@@ -42,15 +44,20 @@ def _finding(finding: Finding) -> Iterator[Text]:
         yield _detail(f"for example  {finding.sample}")
     if finding.severity != "note":
         if finding.action != NOTHING:
-            yield _detail(f"training  {finding.action}")
+            yield _advice(f"training  {finding.action}")
         if finding.fix:
-            yield _detail(f"to mend it  {finding.fix}")
+            yield _advice(f"to mend it  {finding.fix}")
 
 
 def _detail(text: str) -> Text:
-    line = Text(f"         {text}", style="dim")
-    line.no_wrap = True  # titles may take two lines, details one
+    line = Text(f"{' ' * INDENT}{text}", style="dim")
+    line.no_wrap = True  # rows and examples go on for long
     return line
+
+
+def _advice(text: str) -> Padding:
+    """As many lines as it takes."""
+    return Padding(Text(text, style="dim"), (0, 0, 0, INDENT))
 
 
 def _verdict(report: Report) -> Text:
