@@ -18,6 +18,7 @@ from lightsft.export.held_out import HeldOut
 from lightsft.export.inputs import inputs_to_compare, score
 from lightsft.export.mergeable import require_mergeable
 from lightsft.export.model_card import write_card
+from lightsft.export.pooling import write_pooling
 from lightsft.export.provenance import CERTIFICATE, provenance
 from lightsft.export.rounding import MOST_ROUNDING
 from lightsft.export.storing import CORRECTION, onto_base, onto_codes, onto_original
@@ -93,6 +94,7 @@ def merge_in_memory(
         )
         copy_licence(Path(str(backbone.source)), folder)
         write_json(folder / CERTIFICATE, certificate)
+        write_pooling(folder, adapter)
         write_card(folder, certificate)
     return certificate
 

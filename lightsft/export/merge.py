@@ -11,6 +11,7 @@ from lightsft.errors import ArtifactError, ConfigurationError
 from lightsft.export.checks import Rows, checked_by_loading, checked_on_disk, require_known, way_of
 from lightsft.export.from_disk import DTYPES, DiskMerge, from_disk, require_place
 from lightsft.export.model_card import write_card
+from lightsft.export.pooling import write_pooling
 from lightsft.export.provenance import CERTIFICATE, provenance
 from lightsft.export.rounding import MOST_ROUNDING, require_little, total
 from lightsft.export.several import Combination, combined_from_disk
@@ -196,6 +197,8 @@ def _merge_from_disk(
         loaded = folder if certificate["check"] == "load" else None
         certificate |= provenance(plan.adapter, plan.checkpoint.folder, checked=loaded) | (combination or {})
         write_json(folder / CERTIFICATE, certificate)
+        if plan.adapter is not None:
+            write_pooling(folder, plan.adapter)
         write_card(folder, certificate)
     return certificate
 

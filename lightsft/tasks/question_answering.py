@@ -27,6 +27,8 @@ from lightsft.tasks.windows import room_beside
 
 READ = ("input_ids", "attention_mask", "token_type_ids")  # what models read of a feature
 
+NEVER = 1e6  # a margin of "none" that no model's logits reach
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionAnswering(Task):
@@ -283,7 +285,7 @@ class QuestionAnswering(Task):
         if not self.unanswerable:
             return None
         has_answer = [float(bool(answers_of(row, self.answers))) for row in rows]
-        return self.metrics(np.array([[0.0, 1.0, np.inf, 0.0, 0.0, has] for has in has_answer]))
+        return self.metrics(np.array([[0.0, 1.0, NEVER, 0.0, 0.0, has] for has in has_answer]))
 
 
 def allowed(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
