@@ -22,7 +22,7 @@ from lightsft.tasks.base import Metrics
 
 @dataclass(frozen=True)
 class Scores:
-    """One metric of the test rows before and after training, beside an answer that needs no model where there is one."""
+    """One metric of the test rows before and after training, beside what needs no model where there is such a thing."""
 
     metric: str
     before: float

