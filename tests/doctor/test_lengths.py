@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from lightsft.doctor.lengths import Histogram
-from tests.doctor.reviews import clean_rows, codes, examined, found, texts
+from lightsft.tasks import task
+from tests.checkpoints import chat_tokenizer
+from tests.doctor.reviews import clean_rows, codes, examine, examined, found, numbered, texts
 
 
 def test_percentiles_are_those_of_the_lengths():
@@ -78,3 +80,59 @@ def test_a_tenth_of_unknown_tokens_is_the_limit(share, expected, tokenizer):
     text = "word " * 8 + "xyzzy " * share  # and two special tokens
     text = text if share == 2 else "word " + text
     assert codes(examined(texts(text), tokenizer=tokenizer)) == expected
+
+
+# ---- what is tokenized
+
+
+def cut(tokenizer, name, row, **options):
+    """The title of what is said about cutting this row of a task, and the figures in tokens."""
+    report = examine({"train": numbered([row])}, task(name, **options), tokenizer)
+    titles = [finding.title for finding in report.findings if finding.code == "over_long"]
+    return titles, report.figures["tokens"]
+
+
+def test_a_pair_is_measured_as_a_pair(tokenizer):
+    row = {"text": "word " * 5, "text_pair": "word " * 6, "score": 1}
+    titles, figures = cut(tokenizer, "regression", row, text_pair="text_pair", max_length=9)
+    together = len(tokenizer(row["text"], row["text_pair"])["input_ids"])
+    assert figures["max"] == figures["total"] == together > 9
+    assert f"{together - 9} token" in titles[0]
+
+
+def test_each_choice_is_measured_with_its_question(tokenizer):
+    row = {"question": "word " * 5, "choices": ["word", "word " * 9], "label": 0}
+    titles, figures = cut(tokenizer, "multiple-choice", row, max_length=12)
+    lengths = [len(tokenizer(row["question"], choice)["input_ids"]) for choice in row["choices"]]
+    assert figures["max"] == max(lengths)
+    assert f"{max(lengths) - 12} token" in titles[0]
+    assert cut(tokenizer, "multiple-choice", row, max_length=max(lengths))[0] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("masked-lm", {"text": "word " * 90}),
+        ("question-answering", {"question": "word", "context": "word " * 90, "answers": "word"}),
+    ],
+)
+def test_what_is_read_in_windows_is_not_cut(name, row, tokenizer):
+    titles, figures = cut(tokenizer, name, row, max_length=20)
+    assert titles == []
+    assert figures["max"] > 90
+
+
+def test_a_conversation_is_measured_as_its_template_writes_it():
+    row = {"prompt": "abc", "completion": "de"}
+    chat = task("chat", max_length=8)
+    _, figures = cut(chat_tokenizer(), "chat", row, max_length=8)
+    rendered = chat.render(row, chat_tokenizer())
+    assert figures["max"] == len(chat_tokenizer()(rendered, add_special_tokens=False)["input_ids"]) == 3 + 2 + 4
+
+
+def test_of_a_decoder_alone_source_and_target_share_the_room():
+    row = {"source": "abc", "target": "de"}
+    alone, with_encoder = (
+        cut(chat_tokenizer(), "seq2seq", row, decoder_only=alone, max_length=200)[1]["max"] for alone in (True, False)
+    )
+    assert (alone, with_encoder) == (3 + 2 + 2, 3)  # an empty line after the source
