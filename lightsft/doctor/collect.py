@@ -21,6 +21,7 @@ class Seen(NamedTuple):
     usable: neither reader nor task reported an error. data: the text as UTF-8. marks: the characters of `data` that
     patterns look for, in their order: where there is no "@" among them, no e-mail address has to be searched.
     compared: what equal rows share, mostly the text. inputs: what is tokenized as one; none where that is not asked.
+    key: what rows of one split may share and rows of two may not, where it is not all of it.
     """
 
     split: str
@@ -32,6 +33,7 @@ class Seen(NamedTuple):
     marks: bytes
     compared: str
     inputs: tuple[tuple[str, ...], ...] = ()
+    key: str = ""
 
 
 def seen(
@@ -43,11 +45,12 @@ def seen(
     *,
     compared: str | None = None,
     inputs: Iterable[tuple[str, ...]] = (),
+    key: str = "",
 ) -> Seen:
     """A row with what is derived from its text."""
     data = text.encode("utf-8", "surrogatepass")
     marks, same = data.translate(None, _PLAIN), text if compared is None else compared
-    return Seen(split, number, text, classes, usable, data, marks, same, tuple(inputs))
+    return Seen(split, number, text, classes, usable, data, marks, same, tuple(inputs), key)
 
 
 class Collector(ABC):

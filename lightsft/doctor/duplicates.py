@@ -46,7 +46,7 @@ class Duplicates(Collector):
             return
         index = self._index.add(row)
         data = row.data if row.compared is row.text else row.compared.encode("utf-8", "surrogatepass")
-        self._hashes += blake2b(_evened(row.compared, data), digest_size=8).digest()
+        self._hashes += blake2b(evened(row.compared, data), digest_size=8).digest()
         self._letters.append(zlib.crc32(data))
         self._classes.append(zlib.crc32("\x1f".join(sorted(set(row.classes))).encode("utf-8", "surrogatepass")))
         if self._nearly:
@@ -96,7 +96,7 @@ class Duplicates(Collector):
             return
         conflicting = _differ(np.frombuffer(self._classes, dtype=np.uint32), repeated)
         dominant = repeated.sizes >= max(DOMINANT_ROWS, DOMINANT_SHARE * len(hashes))
-        leaked = repeated.split != repeated.split[repeated.starts][repeated.group]
+        leaked = _leaked(repeated)
         again = np.zeros(len(repeated.rows), dtype=bool)
         again[1:] = (repeated.group[1:] == repeated.group[:-1]) & (repeated.split[1:] == repeated.split[:-1])
         yield from self._conflicts(repeated, conflicting)
@@ -177,6 +177,21 @@ def _repeated(hashes: Array, index: RowIndex) -> _Repeated:
     return _Repeated(rows, np.cumsum(begins) - 1, index.split_of(rows), starts, sizes)
 
 
+def _leaked(repeated: _Repeated) -> Array:
+    """(members,) whether the first of its group is in another split."""
+    leaked: Array = repeated.split != repeated.split[repeated.starts][repeated.group]
+    return leaked
+
+
+def in_earlier_split(hashes: Array, index: RowIndex) -> Array:
+    """(rows,) whether the hash of a row is that of one in an earlier split."""
+    there = np.zeros(len(hashes), dtype=bool)
+    if len(hashes):
+        repeated = _repeated(hashes, index)
+        there[repeated.rows[_leaked(repeated)]] = True
+    return there
+
+
 def _differ(values: Array, repeated: _Repeated) -> Array:
     """(groups,) whether the rows of a group have different values."""
     own = values[repeated.rows]
@@ -198,7 +213,7 @@ def _seen_before(repeated: _Repeated, letters: Array, chosen: Array) -> int:
     return int((again & chosen[order[1:]]).sum())
 
 
-def _evened(text: str, data: bytes) -> bytes:
+def evened(text: str, data: bytes) -> bytes:
     """Without case, with a single space between words; `data` is its UTF-8."""
     if len(data) == len(text):
         return b" ".join(data.lower().split())

@@ -21,6 +21,7 @@ from lightsft.doctor.personal import PersonalData
 from lightsft.doctor.report import Report
 from lightsft.doctor.row_problems import RowProblems
 from lightsft.doctor.scripts import ScriptMix
+from lightsft.doctor.shared_keys import SharedKeys
 from lightsft.doctor.special_tokens import SpecialTokens
 from lightsft.errors import DataError
 
@@ -63,6 +64,9 @@ class _Examination:
         self._problems = RowProblems()
         what = "text" if task.reads_text else "file"
         self._of_all: list[Collector] = [Labels(), Duplicates(what=what, nearly=task.compares_nearly)]
+        self._has_key = bool(task.key_name)
+        if self._has_key:
+            self._of_all.append(SharedKeys(task.key_name))
         self._of_some = _of_texts(task, tokenizer) if task.reads_text else []
 
     def read(self, split: str, rows: Iterable[Numbered], progress: Progress | None) -> None:
@@ -134,6 +138,7 @@ class _Examination:
         try:
             problems += task.problems(row)
             text, compared, classes = task.all_text(row), task.compared(row), task.classes(row)
+            key = task.key(row) if self._has_key else ""
             if _none_is_error(problems) and task.reads_text and self._chosen(text):
                 if self._tokenizer is not None:
                     problems += task.token_problems(row, self._tokenizer)
@@ -145,7 +150,7 @@ class _Examination:
             return problems, None
         compared = text if compared == text else compared  # one object, so that it is encoded once
         usable = _none_is_error(problems)
-        return problems, seen(split, numbered.number, text, classes, usable, compared=compared, inputs=inputs)
+        return problems, seen(split, numbered.number, text, classes, usable, compared=compared, inputs=inputs, key=key)
 
     def _chosen(self, text: str) -> bool:
         return self._share >= 1 or zlib.crc32(text.encode("utf-8", "surrogatepass")) < self._share * 2**32

@@ -42,6 +42,7 @@ class Task(ABC):
     targets: ClassVar[frozenset[str]] = frozenset({"label"})  # of these fields, those that are predicted
     asked: ClassVar[str] = "text"  # what a text alone is called in a prediction
     packs: ClassVar[bool] = False  # whether each position's loss depends on its own sequence alone
+    key_name: ClassVar[str] = ""  # what `key` is, in a word or two, where it is not the text
     reads_text: ClassVar[bool] = True  # or files, of which `text_of` is a name
     cuts: ClassVar[bool] = True  # whether what exceeds max_length is lost, or read in further windows
     adds_special_tokens: ClassVar[bool] = True  # whether the tokenizer puts its own around the inputs

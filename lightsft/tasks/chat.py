@@ -47,6 +47,7 @@ class Chat(WritingTask):
     name: ClassVar[str] = "chat"
     asked: ClassVar[str] = "prompt"
     writes: ClassVar[str] = "answer"
+    key_name: ClassVar[str] = "first question"
     adds_special_tokens: ClassVar[bool] = False  # the template writes what it wants
 
     def __post_init__(self) -> None:

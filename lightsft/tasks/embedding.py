@@ -55,6 +55,7 @@ class Embedding(Task):
     max_length: int = 128
 
     name: ClassVar[str] = "embedding"
+    key_name: ClassVar[str] = "first text"
     columns: ClassVar[Mapping[str, ColumnKind]] = {
         "anchor": ColumnKind(("anchor", "query", "question", "sentence1", "text1", "premise"), "text", optional=True),
         "positive": ColumnKind(

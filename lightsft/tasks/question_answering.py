@@ -54,6 +54,7 @@ class QuestionAnswering(Task):
 
     name: ClassVar[str] = "question-answering"
     targets: ClassVar[frozenset[str]] = frozenset({"answers"})
+    key_name: ClassVar[str] = "context"
     cuts: ClassVar[bool] = False
     metric: ClassVar[str] = "f1"
     metric_names: ClassVar[tuple[str, ...]] = (

@@ -98,6 +98,23 @@ def test_splits_that_a_source_holds_are_compared(command, tmp_path):
     assert [(one["code"], one["rows"]) for one in found["findings"]] == [("leakage", {"test": [21]})]
 
 
+def test_a_context_in_two_splits_is_said_beside_a_whole_row_in_two(command, tmp_path):
+    rows = [
+        {"question": f"What is number {n}?", "context": row["text"], "answers": row["text"][:9]}
+        for n, row in enumerate(clean_rows(60))
+    ]
+    test = [*rows[40:], {**rows[5], "question": "Who is that?"}, rows[7]]
+    files = write(tmp_path / "train.jsonl", rows[:40]), write(tmp_path / "test.jsonl", test)
+    ended = command("data", files[0], "--test-data", files[1], "--task", "question-answering", "--json")
+    found = {finding["code"]: finding for finding in json.loads(ended.out)["findings"]}
+    assert {code: finding["rows"] for code, finding in found.items()} == {
+        "shared_key": {"test": [21]},
+        "leakage": {"test": [22]},
+    }
+    assert "with a context that is in an earlier split too" in found["shared_key"]["title"]
+    assert found["shared_key"]["sample"].startswith("row 6 of train and row 21 of test")
+
+
 def test_labels_are_those_of_all_rows_of_a_large_file(command, monkeypatch, tmp_path):
     from lightsft.data import sampling
 
