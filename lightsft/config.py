@@ -368,7 +368,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is not valid YAML: {error}", expected="key: value lines") from error
+        raise ConfigurationError(
+            f"{path} is not valid YAML: {error}", expected="key: value lines", todo="rows are named with --data"
+        ) from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} holds a {type(content).__name__}", expected="key: value lines")
     return content

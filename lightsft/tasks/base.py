@@ -55,7 +55,7 @@ class Task(ABC):
         return False
 
     @classmethod
-    def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
+    def for_rows(cls, rows: Sequence[Row], source: str, /, **options: Any) -> Self:
         """The task with what `options` leave open found in the rows: columns, and in subclasses labels."""
         return cls(**{**cls.found_columns(rows, source, options), **options})
 

@@ -98,7 +98,7 @@ class Embedding(Task):
         return ("text", "label") if self.loss_function == "labels" else ("anchor", "positive", *third)
 
     @classmethod
-    def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
+    def for_rows(cls, rows: Sequence[Row], source: str, /, **options: Any) -> Self:
         """Columns by name, and the loss that they allow."""
         options = {**cls.found_columns(rows, source, options), **options}
         if options.get("loss_function") is None:

@@ -69,7 +69,7 @@ class Labelled(Task, ABC):
             )
 
     @classmethod
-    def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
+    def for_rows(cls, rows: Sequence[Row], source: str, /, **options: Any) -> Self:
         """Columns by name and content, labels as they occur, balanced weights by their counts."""
         if options.get("label") in rows[0] and options.get("labels") is None:  # a wrong label column is said first
             options["labels"] = labels_of(rows, options["label"], source)

@@ -64,7 +64,7 @@ class MultiLabel(Task):
             object.__setattr__(self, "positive_weights", tuple(map(float, self.positive_weights)))
 
     @classmethod
-    def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
+    def for_rows(cls, rows: Sequence[Row], source: str, /, **options: Any) -> Self:
         """Columns by name and content, labels as they occur."""
         options = {**cls.found_columns(rows, source, options), **options}
         require_columns(rows, [options["label"]], source)

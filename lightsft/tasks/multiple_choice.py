@@ -56,7 +56,7 @@ class MultipleChoice(Task):
         object.__setattr__(self, "choices", choices)
 
     @classmethod
-    def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
+    def for_rows(cls, rows: Sequence[Row], source: str, /, **options: Any) -> Self:
         """Columns by name, and from where the labels count."""
         options = {**cls.found_columns(rows, source, options), **options}
         if options.get("choices") is None:

@@ -74,7 +74,7 @@ class QuestionAnswering(Task):
             )
 
     @classmethod
-    def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
+    def for_rows(cls, rows: Sequence[Row], source: str, /, **options: Any) -> Self:
         """Columns by name; "none" may be predicted where a question has no answer."""
         options = {**cls.found_columns(rows, source, options), **options}
         options.setdefault("unanswerable", any(not answers_of(row, options["answers"]) for row in rows))

@@ -86,7 +86,7 @@ class TokenClassification(Task):
         return cls(labels=tuple(labels), scheme=scheme_of([[label] for label in labels]), **options)
 
     @classmethod
-    def for_rows(cls, rows: Sequence[Row], source: str, **options: Any) -> Self:
+    def for_rows(cls, rows: Sequence[Row], source: str, /, **options: Any) -> Self:
         """Columns by name and content, tags as they occur, the scheme that they look like."""
         options = {**cls.found_columns(rows, source, options), **options}
         require_columns(rows, [options["tokens"], options["tags"]], source)

@@ -144,3 +144,9 @@ def test_a_file_of_its_own_is_checked_too(configured, tmp_path):
     other = write_csv(tmp_path / "test.csv", [{"text": "good", "label": "strange"}])
     with pytest.raises(DataError, match=r"test.csv: row 1 has the label 'strange'"):
         read(configured(labelled_rows(60), test_data=str(other)))
+
+
+def test_an_option_may_be_called_as_an_argument_of_ours(configured, llama):
+    rows = [{"question asked": f"good {n}", "target": "bad"} for n in range(40)]
+    prepared = read(configured(rows, task={"name": "seq2seq", "source": "question asked"}, model=str(llama)))
+    assert prepared.task.source == "question asked"
