@@ -240,6 +240,15 @@ def test_clean_rows_of_any_task_give_no_finding(task, checked):
     assert report["rows"] == {"train": 80}
 
 
+def test_conversations_under_one_long_system_message_are_not_nearly_the_same(command, tmp_path):
+    rule = ("system", " ".join(FIRST[40:60]))
+    rows = [{"messages": [dict(messages(rule)["messages"][0]), *row["messages"]]} for row in CLEAN["chat"][:30]]
+    rows[11] = {"messages": [*rows[4]["messages"][:2], {"role": "assistant", "content": SECOND[4] + " Really."}]}
+    ended = command("data", write(tmp_path / "rows.jsonl", rows), "--task", "chat", "--json")
+    found = {finding["code"]: finding["rows"] for finding in json.loads(ended.out)["findings"]}
+    assert found.get("near_duplicate") == {"train": [12]}
+
+
 # ---- files
 
 
