@@ -1,7 +1,10 @@
 """Lengths against counting, and what cutting costs."""
 
+import copy
+
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from lightsft.doctor.lengths import Histogram
 from lightsft.tasks import task
@@ -125,7 +128,10 @@ def test_what_is_read_in_windows_is_not_cut(name, row, tokenizer):
 def test_a_conversation_is_measured_as_its_template_writes_it():
     row = {"prompt": "abc", "completion": "de"}
     chat = task("chat", max_length=8)
-    _, figures = cut(chat_tokenizer(), "chat", row, max_length=8)
+    adding = copy.deepcopy(chat_tokenizer())
+    adding.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    assert adding("x")["input_ids"][0] == 1
+    _, figures = cut(adding, "chat", row, max_length=8)
     rendered = chat.render(row, chat_tokenizer())
     assert figures["max"] == len(chat_tokenizer()(rendered, add_special_tokens=False)["input_ids"]) == 3 + 2 + 4
 
