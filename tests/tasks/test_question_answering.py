@@ -75,7 +75,15 @@ def test_blanks_around_an_answer_are_no_part_of_it():
 
 @pytest.mark.parametrize(
     ("characters", "expected"),
-    [((0, 2), (1, 1)), ((3, 5), (2, 2)), ((1, 4), (1, 2)), ((7, 8), (3, 4)), (None, None), ((8, 12), None)],
+    [
+        ((0, 2), (1, 1)),
+        ((2, 4), (2, 2)),
+        ((3, 5), (2, 2)),
+        ((1, 4), (1, 2)),
+        ((7, 8), (3, 4)),
+        (None, None),
+        ((8, 12), None),
+    ],
 )
 def test_characters_to_tokens(characters, expected):
     offsets = [(0, 0), (0, 2), (2, 6), (7, 8), (7, 8), (0, 0)]
