@@ -7,7 +7,8 @@ MiniLM ships as a sentence encoder without the head that names masked words. The
 output matrix, which is the encoder's own table of words; so the score before training is that of a head that has
 learned nothing. Beside it stands the score of the words' shares in the training texts.
 
-MEASURED
+Measured with seed 0, 40 rows: loss 10.762 before, 6.715 after, 7.109 for shares of the words; perplexity 47170.904
+before, 824.660 after, 1223.350 for shares of the words.
 """
 
 from __future__ import annotations
