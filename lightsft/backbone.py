@@ -131,7 +131,7 @@ class Backbone:
         if labels is not None:
             options["ignore_mismatched_sizes"] = True
         how = Quantization(quantization, double_quantization) if quantization is not None else None
-        maker = kind or auto_class(task, None if gguf else folder)
+        maker = kind or auto_class(task, str(path_or_id))
         if how is not None:
             require_kernels(how, place)
         codes: Mapping[str, Any] = {}
