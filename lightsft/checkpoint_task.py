@@ -9,6 +9,8 @@ from transformers.models.auto import modeling_auto as auto
 
 from lightsft.backbone import PROBLEM_TYPES
 from lightsft.errors import BackboneError
+from lightsft.export.provenance import CERTIFICATE
+from lightsft.files import read_json
 
 # Class names by type of model, as transformers lists them; the first task whose list has a checkpoint's class is its.
 CLASSES = {
@@ -47,6 +49,12 @@ def task_of(directory: Path) -> str:
         )
     meanings = {meaning: task for task, meaning in PROBLEM_TYPES.items()}
     return meanings.get(config.problem_type, found) if found == "classification" else found
+
+
+def settings_of(directory: Path) -> dict[str, Any]:
+    """The task's settings that a merge wrote into its certificate: columns, thresholds, templates; {} without one."""
+    file = directory / CERTIFICATE
+    return dict(read_json(file).get("task") or {}) if file.is_file() else {}
 
 
 def _listed(names: Any, model_type: str) -> tuple[str, ...]:

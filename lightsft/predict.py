@@ -11,7 +11,7 @@ import torch
 
 from lightsft import adapter_files, artifact
 from lightsft.backbone import Backbone
-from lightsft.checkpoint_task import task_of
+from lightsft.checkpoint_task import settings_of, task_of
 from lightsft.data.reading import Row
 from lightsft.dry_run import evaluating, text_config
 from lightsft.errors import ConfigurationError
@@ -36,8 +36,9 @@ class Predictor:
             artifact.load(directory, backbone)
             settings = (adapter_files.read_settings(directory) or {}).get("task") or {}
         else:
-            backbone = Backbone.load(directory, task=task_of(directory), dtype=dtype, device=device)
-            settings = {}
+            settings = settings_of(directory)
+            name = settings.get("name") or task_of(directory)
+            backbone = Backbone.load(directory, task=name, dtype=dtype, device=device)
         self._use(backbone, settings)
 
     @classmethod

@@ -6,20 +6,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightsft.adapter_files import TENSORS
+from lightsft.adapter_files import TENSORS, read_settings
 from lightsft.files import sha256
 
 CERTIFICATE = "certificate.json"
 
 
 def provenance(adapter: Path | None, base: str | Path, *, checked: Path | None = None) -> dict[str, Any]:
-    """The folders that were merged, the adapter's hash, the versions; with `checked`, hashes of base and result too."""
+    """The folders that were merged, the adapter's hash and task, the versions; with `checked`, hashes of base and result."""
     found: dict[str, Any] = {
         "base": place_of(base),
         "versions": {name: version(name) for name in ("lightsft", "torch", "transformers", "safetensors")},
     }
     if adapter is not None:
         found |= {"adapter": place_of(adapter), "adapter_sha256": sha256(adapter / TENSORS)}
+        found |= {"task": (read_settings(adapter) or {}).get("task")}
     if checked is not None:
         found |= {"checkpoint_sha256": hashes(checked), "base_sha256": hashes(Path(base))}
     return found
