@@ -13,7 +13,7 @@ CERTIFICATE = "certificate.json"
 
 
 def provenance(adapter: Path | None, base: str | Path, *, checked: Path | None = None) -> dict[str, Any]:
-    """The folders that were merged, the adapter's hash and task, the versions; with `checked`, hashes of base and result."""
+    """The merged folders, the adapter's hash and task, the versions; with `checked`, hashes of base and result."""
     found: dict[str, Any] = {
         "base": place_of(base),
         "versions": {name: version(name) for name in ("lightsft", "torch", "transformers", "safetensors")},
