@@ -82,10 +82,10 @@ def fine_tune(
 def show(before: Metrics, after: Metrics, names: Sequence[str], baseline: Metrics | None = None) -> Scores:
     """Print these scores; the first of them is returned."""
     for name in names:
-        beside = "" if baseline is None else f" (without a model {baseline[name]:.3f})"
+        beside = f" (without a model {baseline[name]:.3f})" if baseline and name in baseline else ""
         print(f"{name}: {_shown(before[name])} -> {_shown(after[name])}{beside}")
     first = names[0]
-    return Scores(first, float(before[first]), float(after[first]), None if baseline is None else baseline[first])
+    return Scores(first, float(before[first]), float(after[first]), (baseline or {}).get(first))
 
 
 def _shown(value: Any) -> str:

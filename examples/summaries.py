@@ -4,9 +4,11 @@
     python examples/summaries.py
 
 It reads the sentences of a paper that annotators marked for one aspect (challenge, approach or outcome) and writes the
-summary of it. Beside the scores stands that of the first of these sentences.
+summary of it. Beside the scores stands that of the first of these sentences. With the default size, a minute of eight
+steps, the loss falls and the texts do not get better yet: give it more rows and epochs.
 
-MEASURED
+Measured with seed 0, 64 rows: loss 2.780 before, 2.353 after; rougeL 0.173 before, 0.166 after, 0.282 for the first
+marked sentence.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def marked(split: str) -> list[Row]:
 
 
 def main(rows: int, epochs: float, seed: int, tests: int = 24) -> Scores:
-    """ROUGE-L of summaries of papers that are not trained on."""
+    """Loss per token and ROUGE-L of summaries of papers that are not trained on."""
     task = lightsft.task(
         "seq2seq",
         template="{source}\n\nSummary in one sentence:",
@@ -51,8 +53,7 @@ def main(rows: int, epochs: float, seed: int, tests: int = 24) -> Scores:
     before, after = fine_tune(
         task, backbone, LoRA(rank=8, alpha=16), train, test, epochs=epochs, seed=seed, batch_size=8
     )
-    print(f"loss per token: {before['loss']:.3f} -> {after['loss']:.3f}")
-    return show(before, after, ["rougeL", "rouge1", "chrf", "bleu"], lead)
+    return show(before, after, ["loss", "rougeL", "bleu"], lead)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ SMALL = {
     "search": (344, 2, {}, 0.12),
     "masked_words": (20, 1, {}, 9.0),
     "small_talk": (80, 1, {}, 2.9),
-    "summaries": (32, 1, {"tests": 12}, 0.2),
+    "summaries": (32, 1, {"tests": 12}, 3.0),
     "translation": (400, 14, {"num_beams": 1}, 2.0),
     "digits": (1400, 12, {}, 0.8),
     "tones": (240, 8, {}, 0.6),
