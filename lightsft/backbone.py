@@ -383,15 +383,21 @@ def label_options(labels: Sequence[str] | None, task: str | None = None) -> dict
     return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids, **meaning}
 
 
-def auto_class(task: str | None, folder: str | None = None) -> Any:
-    """The auto class of transformers that makes models for a task; for text to text, a decoder alone serves as well."""
+def auto_class(task: str | None, folder: str | None = None, *, both_ways: bool | None = None) -> Any:
+    """The auto class of transformers that makes models for a task.
+
+    For text to text a decoder alone serves as well, and for vectors an encoder alone is enough; which it is, is read
+    from the checkpoint's `folder`, unless `both_ways` says whether it is an encoder with a decoder.
+    """
     if task not in AUTO_CLASSES:
         raise BackboneError(f"no task named {task!r}", expected=f"one of {', '.join(AUTO_CLASSES)}")
     name = AUTO_CLASSES[task]
-    if name == "AutoModel" and folder is not None and reads_both_ways(folder):
-        name = "AutoModelForTextEncoding"  # the encoder alone
-    if name == "AutoModelForSeq2SeqLM" and folder is not None and not reads_both_ways(folder):
-        name = "AutoModelForCausalLM"
+    if name in ("AutoModel", "AutoModelForSeq2SeqLM"):
+        both = reads_both_ways(folder) if both_ways is None and folder is not None else both_ways
+        if both and name == "AutoModel":
+            name = "AutoModelForTextEncoding"
+        if both is False and name == "AutoModelForSeq2SeqLM":
+            name = "AutoModelForCausalLM"
     return getattr(transformers, name)
 
 

@@ -171,7 +171,7 @@ def _unfit(source: str, error: Exception) -> BackboneError:
 def _model_class(config: Any, source: str, task: str | None) -> Callable[[Any], PreTrainedModel]:
     """What makes the model of a configuration: the class for the task, or the one that was saved."""
     if task is not None:
-        auto = auto_class(task)
+        auto = auto_class(task, both_ways=bool(config.is_encoder_decoder))
         if type(config) not in auto._model_mapping:
             raise BackboneError(
                 f"transformers has no {task} model of the type {config.model_type}",
