@@ -96,6 +96,8 @@ def read(config: TrainConfig, *, examined: bool = False) -> Prepared:
     kept, dropped = {}, {}
     for name, (source, part) in parts.items():
         kept[name], dropped[name] = usable(chosen, part, source, tokenizer, drop=config.drop_bad_rows)
+    if config.shots is not None:
+        _require_classes("shots", config.shots, chosen, kept["train"])
     splits = _splits(config, kept, chosen)
     left_out = {name: codes for name, codes in dropped.items() if codes}
     prepared = Prepared(chosen, splits, metric, columns, left_out, config.shots)
@@ -174,13 +176,18 @@ def _splits(config: TrainConfig, given: dict[str, list[Row]], chosen: Task) -> S
     return Splits(**{name: at_most(part, limits[name], chosen.key) for name, part in made.named().items()})
 
 
-def _split_off(config: TrainConfig, given: dict[str, list[Row]], chosen: Task) -> Splits:
-    if config.split == "stratified" and not any(chosen.classes(row) for row in given["train"]):
+def _require_classes(key: str, value: Any, chosen: Task, rows: Sequence[Row]) -> None:
+    if not any(chosen.classes(row) for row in rows):
         raise ConfigurationError(
-            f"split=stratified, and the rows of {chosen.name} have no classes",
+            f"{key}={value}, and the rows of {chosen.name} have no classes",
             expected="a task with labels",
-            todo="leave --split out",
+            todo=f"leave --{key} out",
         )
+
+
+def _split_off(config: TrainConfig, given: dict[str, list[Row]], chosen: Task) -> Splits:
+    if config.split == "stratified":
+        _require_classes("split", config.split, chosen, given["train"])
     made = split_rows(
         given["train"],
         chosen.key,
