@@ -38,8 +38,9 @@ def candidate_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
                 yield plain | extra
             yield plain | extra | {"input_ids": _with_special_tokens(model, plain["input_ids"])}
         books = getattr(text_config(model), "num_codebooks", None)
-        # a head may choose among several texts of each example: (batch, texts, tokens), here with one
-        yield {name: value[:, None] if isinstance(value, Tensor) else value for name, value in texts[0].items()}
+        if any(isinstance(module, nn.Linear) and module.out_features == 1 for module in model.modules()):
+            # it may give a number to each of several texts of an example: (batch, texts, tokens), here one text
+            yield {name: value[:, None] if isinstance(value, Tensor) else value for name, value in texts[0].items()}
         if isinstance(books, int):  # sounds as several streams of tokens, one per row
             yield {"input_ids": texts[0]["input_ids"].expand(books, -1).contiguous()}
     if main != "input_ids":

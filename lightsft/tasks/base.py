@@ -154,10 +154,6 @@ class Task(ABC):
         """A feature to train on; `draw` differs between seeds and epochs, for tasks that leave something to chance."""
         return feature
 
-    def collate_training(self, features: Sequence[Feature], tokenizer: Any, draw: int) -> dict[str, Tensor]:
-        """A batch to train on."""
-        return self.collate([self.drawn(feature, tokenizer, draw) for feature in features], tokenizer)
-
     def length(self, feature: Feature) -> int:
         """What a feature costs: its tokens."""
         return len(feature["input_ids"])

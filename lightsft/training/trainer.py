@@ -150,11 +150,12 @@ class Trainer(transformers.Trainer):
         return prepared
 
     def _collate_training(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The task's batch for this epoch, packed if that was asked for."""
+        """The batch for this epoch, packed if that was asked for."""
         draw = self._data_seed * 1_000_003 + int(self.state.epoch or 0)
-        if self.layout is None:
-            return self.task.collate_training(features, self.tokenizer, draw)
         drawn = [self.task.drawn(feature, self.tokenizer, draw) for feature in features]
+        if self.layout is None:
+            batch: dict[str, Tensor] = self.data_collator(drawn)
+            return batch
         return pack(drawn, self.layout, self.tokenizer.pad_token_id or 0, shifts=self.task.shifts)
 
     @property

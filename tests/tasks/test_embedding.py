@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.nn.functional import normalize
 
 import lightsft
@@ -169,7 +170,7 @@ def test_vectors_do_not_depend_on_the_batch_and_pool_what_they_say(bert, pooling
 def test_a_decoder_and_the_encoder_of_two_parts_give_vectors_too(name):
     task, tokenizer = lightsft.task("embedding", anchor="q", positive="a", pooling="last"), wordpiece_tokenizer()
     model = tiny(name)
-    model = model.model if name == "llama" else model
+    model = model.model if name == "llama" else transformers.T5EncoderModel(model.config)
     batch = task.collate(task.encode(rows_of(3), tokenizer), tokenizer)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():

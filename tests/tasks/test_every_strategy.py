@@ -125,7 +125,7 @@ def made(name):
 def takes_a_step(task, rows, backbone, injection):
     task.check(rows, "the rows")
     features = task.encode(rows, backbone.tokenizer)
-    batch = task.collate_training(features, backbone.tokenizer, 0)
+    batch = task.collate(features, backbone.tokenizer)
     loss, _ = observed(task, injection.model, batch)
     loss.backward()
     gradients = [p.grad.abs().max() for p in injection.parameters() if p.grad is not None]

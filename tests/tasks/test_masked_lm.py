@@ -25,10 +25,15 @@ def tokenizer():
     return transformers.BertTokenizerFast(vocab={word: index for index, word in enumerate(words)}, model_max_length=64)
 
 
+def drawn(features, tokenizer, draw, task=TASK):
+    """A batch to train on."""
+    return task.collate([task.drawn(feature, tokenizer, draw) for feature in features], tokenizer)
+
+
 def batch_of(rows, tokenizer, task=TASK, draw=1):
     """(what the model reads, labels, what was there) of the rows' windows."""
     features = task.encode(rows, tokenizer)
-    batch = task.collate_training(features, tokenizer, draw)
+    batch = drawn(features, tokenizer, draw, task)
     original = torch.zeros_like(batch["input_ids"]) + tokenizer.pad_token_id
     for number, feature in enumerate(features):
         original[number, : len(feature["input_ids"])] = torch.tensor(feature["input_ids"])
@@ -90,19 +95,19 @@ def test_without_whole_words_parts_are_chosen_alone(tokenizer):
 def test_a_draw_decides_alone_whatever_the_batch(tokenizer):
     rows = [{"text": TEXT}, {"text": "the film was here"}, {"text": " ".join(FILLER)}]
     features = TASK.encode(rows, tokenizer)
-    together = TASK.collate_training(features, tokenizer, 7)
+    together = drawn(features, tokenizer, 7)
     torch.manual_seed(99)
     for number in (2, 0, 1):
-        alone = TASK.collate_training([features[number]], tokenizer, 7)
+        alone = drawn([features[number]], tokenizer, 7)
         for name in ("input_ids", "labels"):
             width = len(features[number]["input_ids"])
             assert torch.equal(alone[name][0, :width], together[name][number, :width])
-    assert torch.equal(TASK.collate_training(features, tokenizer, 7)["labels"], together["labels"])
+    assert torch.equal(drawn(features, tokenizer, 7)["labels"], together["labels"])
 
 
 def test_another_draw_chooses_other_tokens_and_evaluation_always_the_same(tokenizer):
     features = TASK.encode([{"text": TEXT}], tokenizer)
-    draws = {tuple(TASK.collate_training(features, tokenizer, draw)["labels"][0].tolist()) for draw in range(1, 9)}
+    draws = {tuple(drawn(features, tokenizer, draw)["labels"][0].tolist()) for draw in range(1, 9)}
     assert len(draws) > 6
     assert torch.equal(*(TASK.collate(features, tokenizer)["input_ids"] for _ in range(2)))
 
@@ -181,5 +186,5 @@ def test_a_task_is_made_again_from_its_description():
 
 def test_the_same_text_in_another_process_is_masked_alike():
     features = TASK.encode([{"text": "the film was really very good today"}], wordpiece_tokenizer())
-    places = np.flatnonzero(TASK.collate_training(features, wordpiece_tokenizer(), 3)["labels"][0].numpy() != IGNORED)
+    places = np.flatnonzero(drawn(features, wordpiece_tokenizer(), 3)["labels"][0].numpy() != IGNORED)
     assert places.tolist() == [6]
