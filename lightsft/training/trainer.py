@@ -75,6 +75,7 @@ class Trainer(transformers.Trainer):
         packing: bool = False,
         **options: Any,
     ) -> None:
+        task = task.for_model(bool(injection.model.config.is_encoder_decoder))
         self.injection, self.task = injection, task
         self.tokenizer = injection.backbone.tokenizer
         if self.tokenizer is None:
