@@ -53,9 +53,9 @@ def main() -> None:
         "papers and their sentences": [row["source"] for row in papers("train", "outcome")]
         + [sentence for row in papers("train", "outcome") for sentence in row["evidence"]],
     }
-    print(
-        f"| texts | rows | shuffled, {BATCH} rows | similar length, {BATCH} rows | {BATCH * 64} tokens | similar length, packed |"
-    )
+    sorted_by = f"similar length, {BATCH} rows"
+    layouts = (f"shuffled, {BATCH} rows", sorted_by, f"{BATCH * 64} tokens", "similar length, packed")
+    print(f"| texts | rows | {' | '.join(layouts)} |")
     print("|---|---|---|---|---|---|")
     for name, chosen in texts.items():
         lengths = [min(LONGEST, len(ids)) for ids in tokenizer(chosen)["input_ids"]]
