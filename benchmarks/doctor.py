@@ -78,7 +78,7 @@ def check(file: Path, model: str | None) -> None:
     seconds, rows = time.perf_counter() - began, sum(report.rows.values())
     show(report, Console(width=140))
     print(f"{seconds:.1f} s, {rows / seconds:,.0f} rows/s, {file.stat().st_size / 1e6 / seconds:.1f} MB/s")
-    print(f"peak {peak_megabytes():,.0f} MB, of these {before:,.0f} MB after imports")
+    print(f"peak {peak_megabytes():,.0f} MB; the imports alone take {before:,.0f} MB")
 
 
 def peak_megabytes() -> float:
