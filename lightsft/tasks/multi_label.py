@@ -16,14 +16,15 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row, require_columns
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.metrics.multilabel import multilabel_per_class, multilabel_scores
-from lightsft.tasks.base import Array, Feature, Metrics, Task
+from lightsft.tasks.base import Array, Feature, Metrics
 from lightsft.tasks.labelled import MOST_LABELS, in_order, require_weights
 from lightsft.tasks.predicting import Said, shares
-from lightsft.tasks.texts import PAIR, TEXT, encode_texts, joined, text_problems
+from lightsft.tasks.text_task import TextTask
+from lightsft.tasks.texts import PAIR, TEXT, text_problems
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiLabel(Task):
+class MultiLabel(TextTask):
     """-(w_c y log p + (1 - y) log(1 - p)) over examples and classes, their mean; p = sigmoid(logit), y in {0, 1}.
 
     label: a column of lists, or of texts that `separator` divides; an empty cell is an example without a label.
@@ -31,14 +32,11 @@ class MultiLabel(Task):
     threshold: the probability from which on a label is predicted.
     """
 
-    text: str = "text"
-    text_pair: str | None = None
     label: str = "labels"
     labels: tuple[str, ...] = ()
     separator: str = ","
     threshold: float = 0.5
     positive_weights: tuple[float, ...] | Literal["balanced"] | None = None
-    max_length: int = 128
 
     name: ClassVar[str] = "multi-label"
     metric: ClassVar[str] = "micro_f1"
@@ -82,19 +80,6 @@ class MultiLabel(Task):
 
     # ---- rows
 
-    def text_of(self, row: Row) -> str:
-        """Both texts."""
-        return joined(row, self.text_columns)
-
-    @property
-    def compares_nearly(self) -> bool:
-        """Not pairs: many may share one of the texts."""
-        return self.text_pair is None
-
-    def inputs(self, row: Row, tokenizer: Any = None) -> list[tuple[str, ...]]:
-        """A text or a pair."""
-        return [tuple(str(row[column]) for column in self.text_columns)]
-
     def classes(self, row: Row) -> tuple[str, ...]:
         """Every label of the row."""
         return split_labels(row.get(self.label), self.separator)
@@ -111,24 +96,15 @@ class MultiLabel(Task):
                 todo="correct the row, name all labels with --labels, or the separator of labels in a text",
             )
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[Feature]:
-        """Token ids, cut to max_length, and 0 or 1 for each class."""
-        encoded = encode_texts(rows, self.text_columns, tokenizer, self.max_length)
-        return [{**f, "labels": self._indicators(row)} for f, row in zip(encoded, rows, strict=True)]
+    def target(self, row: Row) -> list[float]:
+        """0 or 1 for each class."""
+        given = set(self.classes(row))
+        return [float(label in given) for label in self.labels]
 
     def collate(self, features: Sequence[Feature], tokenizer: Any) -> dict[str, Tensor]:
         """Texts are padded; labels have one width."""
         batch = super().collate([{**f, "labels": 0} for f in features], tokenizer)
         return {**batch, "labels": torch.tensor([feature["labels"] for feature in features])}
-
-    def _indicators(self, row: Row) -> list[float]:
-        given = set(self.classes(row))
-        return [float(label in given) for label in self.labels]
-
-    @property
-    def text_columns(self) -> list[str]:
-        """One column, or two."""
-        return [self.text] + ([self.text_pair] if self.text_pair else [])
 
     # ---- loss and scores
 
@@ -166,8 +142,8 @@ class MultiLabel(Task):
 
     def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics:
         """Every class with its share of `train` as probability."""
-        shares = np.mean([self._indicators(row) for row in train], axis=0)
-        truth = np.array([self._indicators(row) for row in rows])
+        shares = np.mean([self.target(row) for row in train], axis=0)
+        truth = np.array([self.target(row) for row in rows])
         return self.metrics(np.column_stack([np.tile(shares, (len(rows), 1)), truth]))
 
 

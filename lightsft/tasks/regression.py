@@ -17,24 +17,21 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError
 from lightsft.metrics.regression import regression_scores
-from lightsft.tasks.base import Array, Feature, Metrics, Task
+from lightsft.tasks.base import Array, Feature, Metrics
 from lightsft.tasks.predicting import Said
-from lightsft.tasks.texts import PAIR, TEXT, encode_texts, joined, text_problems
+from lightsft.tasks.text_task import TextTask
+from lightsft.tasks.texts import PAIR, TEXT, text_problems
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regression(Task):
+class Regression(TextTask):
     """(prediction - number)^2, its mean. The numbers are learned as they are: bring large ones to the order of one.
 
-    text, text_pair, label: columns; label holds the number. labels: what the one output is called. max_length: in
-    tokens.
+    label: the column with the number. labels: what the one output is called.
     """
 
-    text: str = "text"
-    text_pair: str | None = None
     label: str = "score"
     labels: tuple[str, ...] = ("value",)
-    max_length: int = 128
 
     name: ClassVar[str] = "regression"
     metric: ClassVar[str] = "pearson"
@@ -56,19 +53,6 @@ class Regression(Task):
         """The checkpoint's name for its output."""
         return cls(labels=tuple(labels)[:1] or ("value",), **options)
 
-    def text_of(self, row: Row) -> str:
-        """Both texts."""
-        return joined(row, self.text_columns)
-
-    @property
-    def compares_nearly(self) -> bool:
-        """Not pairs: many may share one of the texts."""
-        return self.text_pair is None
-
-    def inputs(self, row: Row, tokenizer: Any = None) -> list[tuple[str, ...]]:
-        """A text or a pair."""
-        return [tuple(str(row[column]) for column in self.text_columns)]
-
     def problems(self, row: Row) -> Iterator[Problem]:
         """Empty texts, what is no number."""
         yield from text_problems(row, self.text_columns)
@@ -80,22 +64,14 @@ class Regression(Task):
                 todo="correct the row",
             )
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[Feature]:
-        """Token ids, cut to max_length, and the number."""
-        encoded = encode_texts(rows, self.text_columns, tokenizer, self.max_length)
-        numbers = [number_of(row.get(self.label)) for row in rows]
-        return [
-            {**f, "labels": math.nan if number is None else number} for f, number in zip(encoded, numbers, strict=True)
-        ]
+    def target(self, row: Row) -> float:
+        """The number; not a number where there is none."""
+        number = number_of(row.get(self.label))
+        return math.nan if number is None else number
 
     def target_of(self, row: Row) -> str:
         """The number."""
         return str(number_of(row.get(self.label)))
-
-    @property
-    def text_columns(self) -> list[str]:
-        """One column, or two."""
-        return [self.text] + ([self.text_pair] if self.text_pair else [])
 
     def items(self, labels: Tensor) -> Tensor:
         """The examples."""
