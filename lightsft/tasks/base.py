@@ -18,6 +18,7 @@ from lightsft.data.columns import ColumnKind, Guess, guess
 from lightsft.data.problems import Problem
 from lightsft.data.reading import Row, require_columns
 from lightsft.errors import ConfigurationError, DataError
+from lightsft.metrics.units import NO_UNIT, POINTS, POINTS_OF_HUNDRED, Unit
 from lightsft.tasks.predicting import Said, require_filled, said_of
 
 Metrics = dict[str, Any]
@@ -38,6 +39,8 @@ class Task(ABC):
     metric: ClassVar[str]  # the default score
     metric_names: ClassVar[tuple[str, ...]]  # the scores that may decide
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
+    without_unit: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})  # the scores that are not said in points
+    of_hundred: ClassVar[frozenset[str]] = frozenset({"bleu", "chrf"})  # those from 0 to 100; the rest are shares
     columns: ClassVar[Mapping[str, ColumnKind]] = {}  # the fields that name a column, and what is in it
     targets: ClassVar[frozenset[str]] = frozenset({"label"})  # of these fields, those that are predicted
     asked: ClassVar[str] = "text"  # what a text alone is called in a prediction
@@ -79,6 +82,12 @@ class Task(ABC):
     def greater_is_better(self, metric: str) -> bool:
         """Whether more of this score is better."""
         return metric not in self.lower_is_better
+
+    def unit(self, metric: str) -> Unit:
+        """How differences of this score are said."""
+        if metric in self.without_unit:
+            return NO_UNIT
+        return POINTS_OF_HUNDRED if metric in self.of_hundred else POINTS
 
     def require_metric(self, metric: str) -> None:
         """Raise ConfigurationError unless this score may decide."""

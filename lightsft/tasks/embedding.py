@@ -56,6 +56,7 @@ class Embedding(Task):
 
     name: ClassVar[str] = "embedding"
     key_name: ClassVar[str] = "first text"
+    without_unit: ClassVar[frozenset[str]] = frozenset({"spearman", "pearson"})
     columns: ClassVar[Mapping[str, ColumnKind]] = {
         "anchor": ColumnKind(("anchor", "query", "question", "sentence1", "text1", "premise"), "text", optional=True),
         "positive": ColumnKind(

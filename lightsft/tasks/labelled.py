@@ -54,6 +54,7 @@ class Labelled(Task, ABC):
         "ece", "brier", "loss",
     )  # fmt: skip
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "brier", "ece"})
+    without_unit: ClassVar[frozenset[str]] = frozenset({"loss", "brier", "mcc"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(str(label) for label in self.labels))

@@ -37,6 +37,7 @@ class Regression(TextTask):
     metric: ClassVar[str] = "pearson"
     metric_names: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "rmse", "mae", "r2", "loss")
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "rmse", "mae"})
+    without_unit: ClassVar[frozenset[str]] = frozenset(metric_names)
     columns: ClassVar[Mapping[str, ColumnKind]] = {
         "text": TEXT,
         "text_pair": PAIR,
