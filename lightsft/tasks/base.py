@@ -20,6 +20,7 @@ from lightsft.data.reading import Row, require_columns
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.metrics.units import NO_UNIT, POINTS, POINTS_OF_HUNDRED, Unit
 from lightsft.tasks.predicting import Said, require_filled, said_of
+from lightsft.tasks.respelling import Respelling, words_changed
 
 Metrics = dict[str, Any]
 Array = np.ndarray[Any, Any]
@@ -220,9 +221,51 @@ class Task(ABC):
         value = self.metrics(outcomes)[metric]
         return float("nan") if value is None else float(value)
 
+    def scores_of_each(self, outcomes: Array, metric: str) -> Array:
+        """(rows,): the metric of every row alone, not a number where one row does not define it."""
+        return np.array([self.score(outcomes[row : row + 1], metric) for row in range(len(outcomes))])
+
+    def answers_in(self, outcomes: Array) -> list[str] | None:
+        """What was answered in each row, in words; None where outcomes do not hold it."""
+        return None
+
+    def class_probabilities(self, outcomes: Array) -> tuple[Array, Array] | None:
+        """((rows, classes) probabilities that sum to 1, (rows,) true classes) of outcomes that hold them."""
+        return None
+
+    # ---- without the model
+
+    def truth(self, rows: Sequence[Row]) -> Array | None:
+        """What is to be predicted, such that predictions beside it are outcomes; None where one answer is no number.
+
+        (rows,) whole numbers of classes, (rows, classes) of 0 and 1, or (rows,) numbers in floating point.
+        """
+        return None
+
+    @property
+    def label_weights(self) -> tuple[float, ...] | None:
+        """How much the loss of each class counts; None where all count the same."""
+        return None
+
+    def constant_outcomes(self, train: Sequence[Row], rows: Sequence[Row]) -> Array | None:
+        """Outcomes of the best constant answer, or None where there is no such thing."""
+        return None
+
     def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics | None:
         """Metrics of the best constant answer, or None where there is no such thing."""
-        return None
+        outcomes = self.constant_outcomes(train, rows)
+        return None if outcomes is None else self.metrics(outcomes)
+
+    @property
+    def typed_columns(self) -> list[str]:
+        """The columns of texts that are read alone: another spelling of them does not change what is right."""
+        names = [name for name, wanted in self.columns.items() if wanted.kind == "text" and name not in self.targets]
+        return [getattr(self, name) for name in names if getattr(self, name) is not None]
+
+    def respelled(self, row: Row, change: Respelling) -> Row | None:
+        """The row with what is read spelled in another way, the target as it was; None where nothing can be."""
+        columns = self.typed_columns
+        return {**row, **{name: words_changed(str(row[name]), change) for name in columns}} if columns else None
 
     # ---- predictions
 

@@ -111,6 +111,12 @@ class Embedding(Task):
     # ---- rows
 
     @property
+    def typed_columns(self) -> list[str]:
+        """What is asked with; what is found by it stays as it is."""
+        asked = self.text if self.loss_function == "labels" else self.anchor
+        return [asked] if asked is not None else []
+
+    @property
     def text_columns(self) -> list[str]:
         """The columns that are embedded."""
         names = ("text",) if self.loss_function == "labels" else ("anchor", "positive", "negative")

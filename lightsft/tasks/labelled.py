@@ -19,6 +19,7 @@ from lightsft.data.problems import Problem
 from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.metrics.classification import (
+    LEAST_PROBABILITY,
     classification_scores,
     confusion_matrix,
     per_class_scores,
@@ -160,15 +161,43 @@ class Labelled(Task, ABC):
         return float("nan") if value is None else float(value)
 
     def _read(self, outcomes: Array) -> tuple[Array, Array, Array]:
-        probabilities, truth = outcomes[:, :-1], outcomes[:, -1].astype(int)
+        probabilities, truth = self.class_probabilities(outcomes)
         return probabilities, truth, confusion_matrix(truth, probabilities.argmax(axis=1), len(self.labels))
 
-    def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics:
+    def scores_of_each(self, outcomes: Array, metric: str) -> Array:
+        """Accuracy and loss of all rows at once; the others one by one."""
+        probabilities, truth = self.class_probabilities(outcomes)
+        if metric == "accuracy":
+            return np.array(probabilities.argmax(axis=1) == truth, dtype=float)
+        if metric == "loss":
+            likelihood = probabilities[np.arange(len(truth)), truth].astype(float)
+            return np.array(-np.log(np.clip(likelihood, LEAST_PROBABILITY, None)))
+        return super().scores_of_each(outcomes, metric)
+
+    def answers_in(self, outcomes: Array) -> list[str]:
+        """The most probable label."""
+        return [self.labels[index] for index in outcomes[:, :-1].argmax(axis=1)]
+
+    def class_probabilities(self, outcomes: Array) -> tuple[Array, Array]:
+        """As they are stored."""
+        return outcomes[:, :-1], outcomes[:, -1].astype(int)
+
+    # ---- without the model
+
+    def truth(self, rows: Sequence[Row]) -> Array:
+        """The labels' indices."""
+        return np.array([self.index(row) for row in rows])
+
+    @property
+    def label_weights(self) -> tuple[float, ...] | None:
+        """The classes' weights."""
+        return None if self.class_weights is None else tuple(map(float, self.class_weights))
+
+    def constant_outcomes(self, train: Sequence[Row], rows: Sequence[Row]) -> Array:
         """Always the most frequent label of `train`, with its label shares as probabilities."""
         counts = Counter(str(row[self.label]) for row in train)
         shares = np.array([counts[label] / len(train) for label in self.labels])
-        truth = [self.labels.index(str(row[self.label])) for row in rows]
-        return self.metrics(np.column_stack([np.tile(shares, (len(rows), 1)), truth]))
+        return np.column_stack([np.tile(shares, (len(rows), 1)), self.truth(rows)])
 
 
 def labels_of(rows: Sequence[Row], column: str, source: str) -> tuple[str, ...]:

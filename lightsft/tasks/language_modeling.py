@@ -40,6 +40,11 @@ class LanguageModeling(Continues, LanguageTask):
         """The text."""
         return str(row[self.text])
 
+    @property
+    def typed_columns(self) -> list[str]:
+        """None: what is read is what is predicted."""
+        return []
+
     def problems(self, row: Row) -> Iterator[Problem]:
         """An empty text."""
         yield from text_problems(row, [self.text])

@@ -57,6 +57,11 @@ class MaskedLM(LanguageTask):
         """The text."""
         return str(row[self.text])
 
+    @property
+    def typed_columns(self) -> list[str]:
+        """None: what is read is what is predicted."""
+        return []
+
     def problems(self, row: Row) -> Iterator[Problem]:
         """An empty text."""
         yield from text_problems(row, [self.text])

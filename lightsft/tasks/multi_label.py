@@ -140,11 +140,19 @@ class MultiLabel(TextTask):
         found = multilabel_scores(outcomes, self.threshold)[metric]
         return float("nan") if found is None else found
 
-    def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics:
+    def answers_in(self, outcomes: Array) -> list[str]:
+        """The labels of at least the threshold."""
+        chosen = np.hsplit(outcomes, 2)[0] >= self.threshold
+        return [", ".join(label for label, there in zip(self.labels, row, strict=True) if there) for row in chosen]
+
+    @property
+    def label_weights(self) -> tuple[float, ...] | None:
+        """Of the examples with each class, over those without it."""
+        return None if self.positive_weights is None else tuple(map(float, self.positive_weights))
+
+    def constant_outcomes(self, train: Sequence[Row], rows: Sequence[Row]) -> Array:
         """Every class with its share of `train` as probability."""
-        shares = np.mean([self.target(row) for row in train], axis=0)
-        truth = np.array([self.target(row) for row in rows])
-        return self.metrics(np.column_stack([np.tile(shares, (len(rows), 1)), truth]))
+        return np.column_stack([np.tile(self.truth(train).mean(axis=0), (len(rows), 1)), self.truth(rows)])
 
 
 def split_labels(cell: Any, separator: str) -> tuple[str, ...]:

@@ -198,10 +198,10 @@ class MultipleChoice(Task):
         """Accuracy and loss."""
         return {"accuracy": float(outcomes[:, 0].mean()), "loss": float(outcomes[:, 1].mean())}
 
-    def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics:
+    def constant_outcomes(self, train: Sequence[Row], rows: Sequence[Row]) -> Array:
         """Every choice with the same probability."""
         chances = [1 / len(self.choices_of(row)) for row in rows]
-        return self.metrics(np.array([[chance, -np.log(chance)] for chance in chances]))
+        return np.array([[chance, -np.log(chance)] for chance in chances])
 
 
 def choice_columns(columns: Sequence[str], source: str) -> tuple[str, ...]:

@@ -281,12 +281,17 @@ class QuestionAnswering(Task):
             found |= {"best_null_threshold": threshold, "best_threshold_f1": best}
         return found
 
-    def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics | None:
+    def constant_outcomes(self, train: Sequence[Row], rows: Sequence[Row]) -> Array | None:
         """Never an answer, where that may be right."""
         if not self.unanswerable:
             return None
         has_answer = [float(bool(answers_of(row, self.answers))) for row in rows]
-        return self.metrics(np.array([[0.0, 1.0, NEVER, 0.0, 0.0, has] for has in has_answer]))
+        return np.array([[0.0, 1.0, NEVER, 0.0, 0.0, has] for has in has_answer])
+
+    @property
+    def typed_columns(self) -> list[str]:
+        """The question: another spelling of the context would move the answers in it."""
+        return [self.question]
 
 
 def allowed(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:

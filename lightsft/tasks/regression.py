@@ -96,10 +96,13 @@ class Regression(TextTask):
         found: Metrics = regression_scores(outcomes)
         return found | {"loss": float(((outcomes[:, 0] - outcomes[:, 1]) ** 2).mean())}
 
-    def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics:
+    def answers_in(self, outcomes: Array) -> list[str]:
+        """The predicted numbers."""
+        return [f"{value:.4g}" for value in outcomes[:, 0]]
+
+    def constant_outcomes(self, train: Sequence[Row], rows: Sequence[Row]) -> Array:
         """Always the mean of `train`."""
-        mean = np.mean([number_of(row[self.label]) for row in train])
-        return self.metrics(np.array([[mean, number_of(row[self.label])] for row in rows]))
+        return np.column_stack([np.full(len(rows), self.truth(train).mean()), self.truth(rows)])
 
 
 def number_of(cell: Any) -> float | None:

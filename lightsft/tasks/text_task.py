@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lightsft.data.reading import Row
-from lightsft.tasks.base import Feature, Task
+from lightsft.tasks.base import Array, Feature, Task
 from lightsft.tasks.texts import encode_texts, joined
 
 
@@ -46,3 +48,7 @@ class TextTask(Task, ABC):
         """Token ids, cut to max_length, and the target."""
         encoded = encode_texts(rows, self.text_columns, tokenizer, self.max_length)
         return [{**feature, "labels": self.target(row)} for feature, row in zip(encoded, rows, strict=True)]
+
+    def truth(self, rows: Sequence[Row]) -> Array:
+        """The targets."""
+        return np.array([self.target(row) for row in rows])

@@ -30,6 +30,7 @@ from lightsft.tasks.base import Array, Feature, Metrics, Task
 from lightsft.tasks.labelled import in_order
 from lightsft.tasks.predicting import Said, by_row
 from lightsft.tasks.regression import whole_number
+from lightsft.tasks.respelling import Respelling
 from lightsft.tasks.tagged import sentence, words_of
 from lightsft.tasks.windows import windows_of_words
 
@@ -280,14 +281,18 @@ class TokenClassification(Task):
         entities = outcomes[:, SUMS:]
         return found | entity_scores(entities) | {"per_class": entity_per_type(entities, self.types)}
 
-    def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> Metrics:
+    def respelled(self, row: Row, change: Respelling) -> Row:
+        """Other words in the places of the words, so that every tag keeps its own."""
+        return {**row, self.tokens: change([str(word) for word in row[self.tokens]])}
+
+    def constant_outcomes(self, train: Sequence[Row], rows: Sequence[Row]) -> Array:
         """Always the most frequent tag of `train`."""
         tags = [str(tag) for row in train for tag in row[self.tags]]
         most = self.labels.index(max(set(tags), key=tags.count))
         index = {label: number for number, label in enumerate(self.labels)}
         truth = [[index[str(tag)] for tag in row[self.tags]] for row in rows]
         likelihood = -np.log(max(1e-12, tags.count(self.labels[most]) / len(tags)))
-        return self.metrics(np.array([self._outcome(likelihood * len(t), [most] * len(t), t) for t in truth]))
+        return np.array([self._outcome(likelihood * len(t), [most] * len(t), t) for t in truth])
 
 
 def _blank(words: Sequence[Any]) -> Iterator[Problem]:
