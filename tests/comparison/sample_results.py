@@ -235,7 +235,9 @@ def _summary_row(kind: Kind, trials: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _pairs(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
     pairs = [(first, second) for number, first in enumerate(summary) for second in summary[number + 1 :]]
-    return [_compared(first["strategy"], second["strategy"], first["score"] - second["score"]) for first, second in pairs]
+    return [
+        _compared(first["strategy"], second["strategy"], first["score"] - second["score"]) for first, second in pairs
+    ]
 
 
 def _against_baselines(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,59 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightsft.comparison.report.wording import Results, count, is_number, score, words
-
-BASELINE_WORDS = {
-    "untuned": "the untuned model",
-    "majority": "always answering the most frequent label",
-}
-
-
-def verdict(results: Results) -> str:
-    """The outcome in one sentence."""
-    winner = results.get("winner")
-    if not winner:
-        return f"There is no winner: {progress(results)}."
-    row = winning_row(results)
-    scored = _scored(results, row) if row else ""
-    return f"{winner['strategy']} won on validation{scored}; {_merged(results)}."
-
-
-def _scored(results: Results, row: Results) -> str:
-    metric = words(results["metric"])
-    interval = row.get("interval")
-    between = f" (95 % interval {score(interval[0])} to {score(interval[1])})" if interval else ""
-    return f" and has a test {metric} of {score(row.get('score'))}{between}{_against_baseline(results, row)}"
-
-
-def _against_baseline(results: Results, row: Results) -> str:
-    baseline = best_baseline(results)
-    if baseline is None or not is_number(row.get("score")):
-        return ""
-    name, value = baseline
-    text = f" against {score(value)} for {BASELINE_WORDS.get(name, name)}"
-    low, high = row.get("interval") or (row["score"], row["score"])
-    if low <= value <= high:
-        return text + ", which lies inside that interval, so there is no clear gain"
-    if (value > row["score"]) == results["greater_is_better"]:
-        return text + ", which is better, so tuning did not pay"
-    return text
-
-
-def _merged(results: Results) -> str:
-    winner = results["winner"]
-    if not winner.get("merged"):
-        return "nothing was merged"
-    strategy, seed = winner.get("merged_strategy") or winner["strategy"], winner.get("merged_seed")
-    which = "the winner" if strategy == winner["strategy"] else strategy
-    return f"{which}{'' if seed is None else f' (seed {seed})'} was merged and {_certified(results)}"
-
-
-def _certified(results: Results) -> str:
-    certificate = results.get("certificate")
-    if not certificate:
-        return "has no certificate"
-    return "its certificate passed" if certificate.get("passed") else "its certificate FAILED: do not use it"
+from lightsft.comparison.report.wording import Results, count, is_number
 
 
 def progress(results: Results) -> str:
@@ -71,24 +19,21 @@ def progress(results: Results) -> str:
 
 def interval_meaning(results: Results) -> str:
     """What the interval covers, and what it does not."""
-    examples = results.get("data", {}).get("test")
+    examples = (results.get("data") or {}).get("test")
     seeds = max((row.get("seeds") or 0 for row in results["summary"]), default=0)
     which = f"the {count(examples)} test examples" if is_number(examples) else "the test examples"
-    text = (
-        f"Scores are means over seeds. Intervals are 95 % percentile intervals from resampling {which}:"
-        " they say how far a score would move with other examples of the same kind."
-    )
+    text = f"Scores are means over seeds. Intervals cover 95 %, over the choice of {which}"
     if seeds == 1:
-        return text + " Every strategy ran with one seed, so nothing here says how far another seed would move it."
-    little = f" With {seeds} seeds they say little about other seeds"
-    return text + little + "; the spread is the highest seed's score minus the lowest's."
+        return f"{text} alone: they say how far a score would move with other examples of the same kind."
+    spread = "the spread is the highest seed's score minus the lowest's"
+    return f"{text} and over the {seeds} seeds: how far a score would move with others of either; {spread}."
 
 
 def split_roles() -> list[tuple[str, str]]:
     """What each split is for."""
     return [
         ("train", "fits the weights"),
-        ("validation", "chooses the best seed and the winner"),
+        ("validation", "chooses settings, the best seed and the winner"),
         ("test", "is scored once per trial and chooses nothing"),
     ]
 
@@ -164,3 +109,12 @@ def span(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     margin = (high - low) * 0.06 or abs(high) * 0.05 or 0.05
     return low - margin, high + margin
+
+
+def hashes(results: Results) -> list[tuple[str, str]]:
+    """Of files, splits and the model, by what they are of."""
+    rows = []
+    for name, value in (results.get("hashes") or {}).items():
+        inside = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [(f"{name} {key}".strip(), str(one)) for key, one in inside]
+    return rows

@@ -6,15 +6,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightsft.comparison.report import beyond, pairwise, searches
+from lightsft.comparison.report.costs import cost_table
 from lightsft.comparison.report.facts import (
     baseline_score,
     baselines,
+    hashes,
     interval_meaning,
     metric_names,
     split_roles,
     test,
-    verdict,
 )
+from lightsft.comparison.report.verdict import good_enough, merged, standing, verdict, warnings
 from lightsft.comparison.report.wording import (
     DASH,
     Results,
@@ -24,11 +27,14 @@ from lightsft.comparison.report.wording import (
     mebibytes,
     model_name,
     plain,
+    probability,
     requirements,
     score,
     seconds,
+    setting,
     share,
     spread,
+    unit_name,
     words,
 )
 
@@ -38,25 +44,37 @@ def markdown_page(results: Results) -> str:
     sections = [
         f"# {_cell(model_name(results))}: {_cell(results['task'])}, strategies compared",
         f"**{_cell(verdict(results))}**",
+        *(_cell(text) for text in (standing(results), good_enough(results), *pairwise.alerts(results))),
+        _markdown_warnings(results),
         _markdown_winner(results),
         f"## Summary\n\n{_markdown_summary(results)}",
-        _cell(interval_meaning(results)),
+        _cell(interval_meaning(results)) if results["summary"] else "",
+        _markdown_comparisons(results),
+        _markdown_search(results),
+        _markdown_costs(results),
+        _markdown_beyond(results),
         _markdown_failures(results),
         _markdown_trials(results),
         f"## Data\n\n{_markdown_data(results)}",
         _markdown_certificate(results),
         f"## Run it again\n\n{_fenced(results['command'], 'sh')}",
         _fenced(requirements(results), "text") if results.get("versions") else "",
+        _markdown_hashes(results),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _markdown_warnings(results: Results) -> str:
+    skipped = [f"{one.get('strategy')} was skipped: {one.get('reason')}" for one in results.get("skipped") or []]
+    return "\n".join(f"- {_cell(text)}" for text in [*warnings(results), *skipped])
 
 
 def _markdown_winner(results: Results) -> str:
     winner = results.get("winner")
     if not winner:
         return ""
-    where = f"The winner's weights (seed {winner['seed']}) are in {winner['adapter']}."
-    return "\n\n".join(_cell(text) for text in (winner.get("note"), where) if text)
+    where = f"The winner's weights (seed {winner.get('seed')}) are in {winner.get('adapter')}."
+    return "\n\n".join(_cell(text) for text in (merged(results), winner.get("note"), where) if text)
 
 
 def _markdown_summary(results: Results) -> str:
@@ -101,12 +119,71 @@ def _summary_cells(row: Results) -> list[str]:
     ]
 
 
+def _markdown_comparisons(results: Results) -> str:
+    ordered = [*pairwise.against_strategies(results), *pairwise.against_baselines(results)]
+    if not ordered:
+        return ""
+    header = ["first", "second", f"difference ({unit_name(results)})", "adjusted p", "verdict"]
+    rows = [
+        [
+            one.get("first"),
+            one.get("second"),
+            pairwise.interval_words(results, one),
+            probability(one.get("p_adjusted")),
+            one.get("verdict") or DASH,
+        ]
+        for one in ordered
+    ]
+    return f"## Who beats whom\n\n{_markdown_table(header, rows)}"
+
+
+def _markdown_search(results: Results) -> str:
+    found = searches.searches(results, drawn=False)
+    if not found:
+        return ""
+    rows = [
+        [
+            one["strategy"],
+            "; ".join(f"{words(name)}: {space}" for name, space in one["space"].items()),
+            *(one[name] for name in ("default", "chosen", "counts")),
+        ]
+        for one in found
+    ]
+    return f"## Search\n\n{_markdown_table(['strategy', 'space', 'default', 'chosen', 'trials'], rows)}"
+
+
+def _markdown_costs(results: Results) -> str:
+    titles, rows = cost_table(results)
+    return f"## Costs\n\n{_named_table(titles, rows)}" if titles and rows else ""
+
+
+def _markdown_beyond(results: Results) -> str:
+    found = [
+        ("Robustness", beyond.robustness_table(results)),
+        ("Groups", beyond.group_table(results)),
+        ("Forgetting, in nats per token", beyond.forgetting_table(results)),
+    ]
+    return "\n\n".join(f"## {title}\n\n{_named_table(*table)}" for title, table in found if table)
+
+
+def _named_table(titles: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    return _markdown_table(["strategy", *titles], [[name, *cells] for name, cells in rows])
+
+
+def _markdown_hashes(results: Results) -> str:
+    rows = hashes(results)
+    return _markdown_table(["of", "hash"], rows) if rows else ""
+
+
 def _markdown_failures(results: Results) -> str:
-    failed = [trial for trial in results["trials"] if trial["status"] == "failed"]
+    failed = [(t["strategy"], f"seed {t.get('seed')}", t) for t in results["trials"] if t["status"] == "failed"]
+    for search in results.get("search") or []:
+        trials = [trial for trial in search.get("trials") or [] if trial.get("status") == "failed"]
+        failed += [(search.get("strategy"), f"search {trial.get('number')}", trial) for trial in trials]
     if not failed:
         return ""
-    rows = [[trial["strategy"], trial["seed"], trial.get("error") or DASH] for trial in failed]
-    return f"## Failed trials\n\n{_markdown_table(['strategy', 'seed', 'error'], rows)}"
+    rows = [[strategy, which, trial.get("error") or DASH] for strategy, which, trial in failed]
+    return f"## Failed trials\n\n{_markdown_table(['strategy', 'trial', 'error'], rows)}"
 
 
 def _markdown_trials(results: Results) -> str:
@@ -126,10 +203,11 @@ def _markdown_trials(results: Results) -> str:
             score((trial.get("validation") or {}).get(metric)),
         ]
         + [score(test(trial).get(name)) for name in names]
-        + [plain(trial.get("learning_rate")), seconds(trial.get("seconds")), trial.get("adapter") or DASH]
+        + [plain(trial.get("learning_rate")), setting(trial), seconds(trial.get("seconds"))]
+        + [trial.get("adapter") or DASH]
         for trial in results["trials"]
     ]
-    return f"## Trials\n\n{_markdown_table([*header, 'learning rate', 'seconds', 'adapter'], rows)}"
+    return f"## Trials\n\n{_markdown_table([*header, 'learning rate', 'options', 'seconds', 'adapter'], rows)}"
 
 
 def _markdown_data(results: Results) -> str:

@@ -14,6 +14,17 @@ Results = Mapping[str, Any]
 
 
 DASH = "–"
+BASELINE_WORDS = {
+    "untuned": "the untuned model",
+    "majority": "always answering the most frequent label",
+    "linear_probe": "a linear probe on frozen features",
+    "tfidf": "TF-IDF + logistic regression",
+}
+
+
+def baseline_words(name: str) -> str:
+    """A baseline's name in a sentence."""
+    return BASELINE_WORDS.get(name, words(name))
 
 
 def is_number(value: object) -> bool:
@@ -31,6 +42,37 @@ def score(value: Any) -> str:
     if not is_number(value):
         return DASH
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
+
+
+def signed(results: Results, value: Any) -> str:
+    """A difference of scores in the unit of differences: +2.1."""
+    if not is_number(value):
+        return DASH
+    shown = value * ((results.get("unit") or {}).get("scale") or 1)
+    digits = 1 if (results.get("unit") or {}).get("name") else 3
+    return f"{shown:+.{digits}f}".replace("-", "\u2212")
+
+
+def unit_name(results: Results) -> str:
+    """`points`, or the metric's name."""
+    return str((results.get("unit") or {}).get("name") or words(results["metric"]))
+
+
+def probability(value: Any) -> str:
+    """A p-value; very small ones as a bound."""
+    if not is_number(value):
+        return DASH
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def milliseconds(value: Any) -> str:
+    """Two digits below ten."""
+    return DASH if not is_number(value) else f"{value:.2f}" if value < 10 else f"{value:,.0f}"
+
+
+def kilojoules(value: Any) -> str:
+    """Joules in kJ."""
+    return f"{value / 1000:,.3g}" if is_number(value) else DASH
 
 
 def spread(row: Results) -> str:
@@ -120,3 +162,9 @@ def breakable(text: Any) -> Any:
 def indented(value: Any) -> str:
     """Readable JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+
+
+def setting(trial: Results) -> str:
+    """A trial's options and the knobs that were chosen for it, but for its learning rate."""
+    chosen = {**(trial.get("options") or {}), **(trial.get("parameters") or {})}
+    return options({name: value for name, value in chosen.items() if name != "learning_rate"})
