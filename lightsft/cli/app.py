@@ -10,7 +10,20 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lightsft import __version__
-from lightsft.cli import compare, convert, data, demo, export, inspect, merge, predict, strategies, train, verify
+from lightsft.cli import (
+    compare,
+    convert,
+    data,
+    demo,
+    export,
+    inspect,
+    merge,
+    predict,
+    report,
+    strategies,
+    train,
+    verify,
+)
 from lightsft.errors import LightsftError
 from lightsft.process import prepare_process
 
@@ -22,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (data, compare, train, merge, convert, export, verify, predict, inspect, strategies, demo):
+for module in (data, compare, report, train, merge, convert, export, verify, predict, inspect, strategies, demo):
     app.command(module.NAME)(module.command)
 
 

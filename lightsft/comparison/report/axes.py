@@ -39,7 +39,9 @@ def logarithmic_axis(values: Sequence[float]) -> Axis:
     low, high = min(places) - 0.3, max(places) + 0.3
     small = max(powers) < 0
     number = (
-        "format(pow(10, datum.value), '.1~g')" if small else "replace(format(pow(10, datum.value), '.1~s'), 'G', 'B')"
+        "replace(format(pow(10, datum.value), '.0e'), '+', '')"
+        if small
+        else "replace(format(pow(10, datum.value), '.1~s'), 'G', 'B')"
     )
     label = f"datum.value == {zero} ? '0' : {number}" if low < zero else number
     ticks = _ticks(low, high, zero if low < zero else None)

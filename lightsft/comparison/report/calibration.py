@@ -8,7 +8,7 @@ from typing import Any
 from lightsft.comparison.report.drawing import ACCENT, MUTED, quantitative, svg
 from lightsft.comparison.report.wording import Results, is_number, score
 
-SIDE = 200  # pixels of a diagram
+SIDE = 120  # pixels of a diagram
 
 
 def calibrations(results: Results) -> list[dict[str, Any]]:
@@ -51,10 +51,10 @@ def pooled(per_seed: Sequence[Sequence[Results]]) -> list[dict[str, float]]:
 
 def _diagram(strategy: str, bins: list[dict[str, float]]) -> Any:
     """Confidence to the right, accuracy upwards; on the diagonal they agree, and area is the number of answers."""
-    x = quantitative("confidence", 0, 1, "confidence", tickCount=3, grid=False)
-    y = quantitative("accuracy", 0, 1, "accuracy", tickCount=3)
+    x = quantitative("confidence", 0, 1, "confidence", tickCount=2, grid=False)
+    y = quantitative("accuracy", 0, 1, "accuracy", tickCount=2)
     largest = max(one["count"] for one in bins)
-    points = [{**one, "size": 20 + 200 * one["count"] / largest} for one in bins]
+    points = [{**one, "size": 15 + 110 * one["count"] / largest} for one in bins]
     ends = [{"confidence": 0, "accuracy": 0}, {"confidence": 1, "accuracy": 1}]
     size = {"field": "size", "type": "quantitative", "scale": None}
     layers: list[dict[str, Any]] = [

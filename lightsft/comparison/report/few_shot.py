@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightsft.comparison.report.axes import logarithmic_axis
+from lightsft.comparison.report.axes import Axis, logarithmic_axis
 from lightsft.comparison.report.drawing import color, dash, legend, plain_color, quantitative, svg
 from lightsft.comparison.report.facts import span
 from lightsft.comparison.report.wording import Results, is_number, words
@@ -17,12 +17,7 @@ def few_shot_plot(results: Results) -> dict[str, Any] | None:
         return None
     names = list(dict.fromkeys(str(row.get("strategy")) for row in rows))
     axis = logarithmic_axis([row["examples"] for row in rows])
-    points = []
-    for row, place in zip(rows, axis.places, strict=True):
-        low, high = row.get("interval") or (row["score"], row["score"])
-        number = names.index(str(row.get("strategy")))
-        hue = {"color": color(number), "dash": dash(number), "line": number}
-        points.append({"x": place, "score": row["score"], "low": low, "high": high, **hue})
+    points = [_point(row, place, names, axis) for row, place in zip(rows, axis.places, strict=True)]
     metric = words(results["metric"])
     x = axis.encoding("x", "training examples (log scale)")
     y = quantitative("score", *span([point[end] for point in points for end in ("low", "high")]), f"test {metric}")
@@ -37,3 +32,12 @@ def few_shot_plot(results: Results) -> dict[str, Any] | None:
     title = f"Test {metric} by number of training examples"
     drawn = svg([{"data": {"values": points}, "layer": layers}], title)
     return {"title": title, "svg": drawn, "legend": legend(names), "rows": rows}
+
+
+def _point(row: Results, place: float, names: list[str], axis: Axis) -> dict[str, Any]:
+    """A strategy's score with this many examples, a little beside those of the others so that no interval hides one."""
+    number = names.index(str(row.get("strategy")))
+    beside = (number - (len(names) - 1) / 2) * 0.012 * (axis.high - axis.low)
+    low, high = row.get("interval") or (row["score"], row["score"])
+    point = {"x": place + beside, "score": row["score"], "low": low, "high": high, "line": number}
+    return point | {"color": color(number), "dash": dash(number)}

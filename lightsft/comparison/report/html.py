@@ -36,6 +36,8 @@ FORMATS = (
     wording.mebibytes,
     wording.probability,
     wording.plain,
+    wording.short,
+    wording.two_digits,
     wording.options,
     wording.setting,
     wording.indented,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from lightsft.comparison.report.axes import Axis, linear_axis, logarithmic_axis
 from lightsft.comparison.report.drawing import ACCENT, HEIGHT, INK, MARK, MUTED, WIDTH, plain_color, quantitative, svg
 from lightsft.comparison.report.drawing import text_layer as texts
 from lightsft.comparison.report.facts import baseline_score, baseline_values, baselines, score_values, span
-from lightsft.comparison.report.labels import label_box, place_labels
+from lightsft.comparison.report.labels import Box, Mark, label_box, place_labels
 from lightsft.comparison.report.scale import Scale
 from lightsft.comparison.report.wording import Results, is_number, words
 
@@ -79,7 +80,7 @@ def _plot(results: Results, cost: Cost) -> dict[str, Any] | None:
     best = front(values, [point["score"] for point in points], greater_is_better=results["greater_is_better"])
     for number, (point, place) in enumerate(zip(points, axis.places, strict=True)):
         point |= {"x": place, "front": number in best, "color": ACCENT if number in best else MUTED}
-    named = _label(results, points, axis)
+    named = _label(results, points, best, axis)
     title = f"Test {words(results['metric'])} against {cost.title(logarithmic)}"
     return {
         "title": title,
@@ -151,14 +152,23 @@ def _baseline_lines(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _label(results: Results, points: list[dict[str, Any]], axis: Axis) -> bool:
+def _label(results: Results, points: list[dict[str, Any]], best: Sequence[int], axis: Axis) -> bool:
     """Give every point a label beside it; returns whether names fitted, or numbers had to do."""
     to_x, to_y = Scale(axis.low, axis.high, 0, WIDTH), Scale(*_domain(results), HEIGHT, 0)
     marks = [(to_x(p["x"]), to_y(p["score"]), to_y(p["high"]), to_y(p["low"])) for p in points]
     lines = _baseline_lines(results)
     taken = [label_box(line["label"], (line["label_x"], line["label_y"], line["align"])) for line in lines]
+    taken += _steps([marks[number] for number in best])
     names, numbers = [point["name"] for point in points], [str(point["number"]) for point in points]
     labels, named = place_labels(names, numbers, marks, taken)
     for point, (text, (x, y, align)) in zip(points, labels, strict=True):
         point |= {"label": text, "label_x": x, "label_y": y, "align": align}
     return named
+
+
+def _steps(marks: Sequence[Mark]) -> list[Box]:
+    """The pixels of the front's line: from each point to the right, then up or down to the next."""
+    boxes = []
+    for (x, y, _, _), (next_x, next_y, _, _) in pairwise(marks):
+        boxes += [(x, y - 2, next_x, y + 2), (next_x - 2, min(y, next_y), next_x + 2, max(y, next_y))]
+    return boxes

@@ -58,6 +58,16 @@ def unit_name(results: Results) -> str:
     return str((results.get("unit") or {}).get("name") or words(results["metric"]))
 
 
+def two_digits(value: Any) -> str:
+    """Two decimals, with a minus that is as wide as a plus."""
+    return f"{value:.2f}".replace("-", "\u2212") if is_number(value) else DASH
+
+
+def short(value: Any) -> str:
+    """Up to three decimals: 0.4, 0.333, 1."""
+    return f"{round(value, 3):g}" if is_number(value) else DASH
+
+
 def probability(value: Any) -> str:
     """A p-value; very small ones as a bound."""
     if not is_number(value):

@@ -37,7 +37,7 @@
       const value = scoreOf(row, column);
       const className = !data.share ? "" : isRight(value) ? "right" : isWrong(value) ? "wrong" : "";
       const answer = element("li", className, name + ": ");
-      answer.append(element("b", "", value === null ? "–" : value.toFixed(3)));
+      answer.append(element("b", "", value === null ? "–" : String(Number(value.toFixed(3)))));
       const said = (row.answers || {})[name];
       if (said) answer.append(" " + said);
       answers.append(answer);
