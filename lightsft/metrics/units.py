@@ -30,14 +30,11 @@ class Unit:
 
     def measured(self, score: float, interval: tuple[float, float] | None) -> str:
         """2.1 points [1.2, 3.0], to as many decimals as the interval's width gives sense to."""
-        low, high = (score, score) if interval is None else interval
-        decimals = self._decimals((high - low) / 2 * self.scale)
-        number = f"{score * self.scale:.{decimals}f} {self.name}".rstrip()
-        if interval is None:
-            return number
-        # x + 0.0 turns the -0.0 of rounding into 0.0
-        low, high = (round(end * self.scale, decimals) + 0.0 for end in interval)
-        return f"{number} [{low:.{decimals}f}, {high:.{decimals}f}]"
+        ends = (score, score) if interval is None else interval
+        decimals = self._decimals((ends[1] - ends[0]) / 2 * self.scale)
+        # adding 0.0 turns the -0.0 of rounding into 0.0
+        said, low, high = (f"{round(end * self.scale, decimals) + 0.0:.{decimals}f}" for end in (score, *ends))
+        return f"{said} {self.name}".rstrip() + ("" if interval is None else f" [{low}, {high}]")
 
     def _decimals(self, half_width: float) -> int:
         if not half_width > 0:

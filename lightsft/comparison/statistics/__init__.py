@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lightsft.comparison.statistics.estimate import Estimate, estimate
+from lightsft.comparison.statistics.estimate import Estimate, estimate, steadiness_of
 from lightsft.comparison.statistics.non_inferiority import NonInferior, non_inferior
 from lightsft.comparison.statistics.paired import Comparison, compare, differences
 from lightsft.comparison.statistics.resampling import RESAMPLES, Measured, Scored, resample, undefined
@@ -54,16 +54,18 @@ def analyse(
             f"the best strategy is {best!r}", expected=f"one of {', '.join(one.label for one in strategies)}"
         )
     scored = {one.label: one for one in resample(measured, resamples)}
+    steadiness = steadiness_of([scored[one.label] for one in strategies])
     found = compare(
         [scored[one.label] for one in strategies],
         [scored[one.label] for one in measured if one.baseline],
         1 if greater_is_better else -1,
         resolve,
+        steadiness,
     )
     gaps = [differences(found, one.label, best) for one in strategies if one.label != best]
     near = non_inferior(gaps, best, margin, strategies)
     return Analysis(
-        {label: estimate(one, unit) for label, one in scored.items()},
+        {label: estimate(one, unit, steadiness) for label, one in scored.items()},
         [replace(one, verdict=verdict(one, unit, resolve)) for one in found.values()],
         replace(near, verdict=within_verdict(near, len(gaps), unit)),
         [warning for one in scored.values() for warning in _warnings(one)],

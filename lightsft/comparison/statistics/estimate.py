@@ -48,12 +48,12 @@ class Estimate:
         }
 
 
-def estimate(scored: Scored, unit: Unit = NO_UNIT) -> Estimate:
+def estimate(scored: Scored, unit: Unit = NO_UNIT, steadiness: Steadiness = OWN) -> Estimate:
     """Mean over seeds, and mean -+ t(df) SE of the two-way random effects (`parts_of`), within the unit's bounds.
 
     With one seed it covers other examples alone: nothing is known of other seeds.
     """
-    mean, parts = float(scored.scores.mean()), parts_of(scored)
+    mean, parts = float(scored.scores.mean()), parts_of(scored, steadiness)
     found = None if parts is None or not math.isfinite(mean) else interval_of(mean, parts, unit.bounds)
     spread = float(np.ptp(scored.scores))
     return Estimate(scored.label, len(scored.scores), mean, spread, found, parts if found else None)

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import special
 
 from lightsft.comparison.statistics import power
-from lightsft.comparison.statistics.estimate import OWN, interval_of, number, parts_of, steadiness_of
+from lightsft.comparison.statistics.estimate import OWN, interval_of, number, parts_of
 from lightsft.comparison.statistics.holm import holm
 from lightsft.comparison.statistics.resampling import Array, Scored, variance
 from lightsft.comparison.statistics.steadiness import Steadiness
@@ -98,7 +98,7 @@ def difference(first: Scored, second: Scored, sign: int = 1, steadiness: Steadin
         gap,
         parts,
         None if parts is None or not math.isfinite(gap) else interval_of(gap, parts),
-        max(2 * _upper_tail(abs(gap), parts), 2.0 ** (1 - first.examples)) if gap else 1.0,
+        min(1.0, max(2 * _upper_tail(abs(gap), parts), 2.0 ** (1 - first.examples))) if gap else 1.0,
         _hedges(sign, first, second),
         _superiority(sign * first.scores, sign * second.scores),
         tuple(one.label for one in (first, second) if one.varies and len(one.scores) == 1),
@@ -112,10 +112,9 @@ def above(found: Difference, least: float) -> float:
 
 
 def compare(
-    strategies: Sequence[Scored], baselines: Sequence[Scored], sign: int, resolve: float
+    strategies: Sequence[Scored], baselines: Sequence[Scored], sign: int, resolve: float, steadiness: Steadiness = OWN
 ) -> dict[tuple[str, str], Comparison]:
     """Every two strategies, as one family of tests; every strategy with every baseline, as another."""
-    steadiness = steadiness_of(strategies)
     pairs = [difference(one, other, sign, steadiness) for one, other in combinations(strategies, 2)]
     beside = [difference(one, baseline, sign, steadiness) for one in strategies for baseline in baselines]
     both = [*_family(pairs, "strategy", resolve), *_family(beside, "baseline", resolve)]
