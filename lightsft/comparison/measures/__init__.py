@@ -1,0 +1,1 @@
+"""What is measured of a trial beside its score, one measure per file."""
