@@ -51,9 +51,8 @@ class Browser:
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """What is seen, or the whole page, as PNG."""
-        path.write_bytes(
-            base64.b64decode(self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))["data"])
-        )  # fmt: skip
+        options = {"format": "png", "captureBeyondViewport": whole, **self._clip(whole)}
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", **options)["data"]))
 
     def _clip(self, whole: bool) -> dict[str, Any]:
         if not whole:

@@ -12,7 +12,9 @@ from lightsft.errors import OutputError
 
 Run = tuple[Path, Mapping[str, Any]]  # a folder and what its results.json holds
 SAME = ("task", "metric", "greater_is_better")
-OF_EACH_RUN = frozenset(("out", "strategies", "seeds", "data", "model"))  # keys in which runs of one setting may differ
+OF_EACH_RUN = frozenset(
+    ("out", "strategies", "seeds", "model", "data", "validation_data", "test_data", "check_data")
+)  # keys in which runs of one setting may differ
 OF_THE_DATA = frozenset(("majority", "tfidf"))  # baselines that no model has a part in
 
 

@@ -7,7 +7,8 @@ from lightsft.comparison import compare as comparing
 from lightsft.comparison import jobs
 from lightsft.comparison.worker import JobFailed
 from lightsft.errors import LightsftError
-from tests.comparison import strangers
+from tests.comparison import sample_results, strangers
+from tests.comparison.report_pages import report
 from tests.run_fixtures import *  # noqa: F403  fixtures for the tests of this folder
 
 
@@ -55,3 +56,10 @@ def stranger_path(tmp_path, monkeypatch):
     registry._entries.cache_clear()
     yield path
     registry._entries.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def sample_report(tmp_path_factory):
+    """The report of the sample results in both forms, and its page read."""
+    results, examples = sample_results.sample()
+    return report(results, tmp_path_factory.mktemp("sample"), examples)
