@@ -1,5 +1,6 @@
 """Small results of a comparison, written by hand, and reading a report: its elements, text and tables."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -173,11 +174,20 @@ class Page(HTMLParser):
 
 
 def report(results: dict[str, Any], directory: Path, examples: dict[str, Any] | None = None) -> tuple[str, str, Page]:
-    """Both forms of the report, and the page read; `examples` are put where the results say."""
-    if examples is not None:
-        write_json(directory / "examples.json", examples)
-    markdown, html = (path.read_text(encoding="utf-8") for path in write_report(results, directory))
-    return markdown, html, Page(html)
+    """Both forms of the report, and the page read; `examples` are put where the results say.
+
+    Results that were reported before are not drawn again.
+    """
+    given = json.dumps([results, examples])
+    if given not in _reports:
+        if examples is not None:
+            write_json(directory / "examples.json", examples)
+        markdown, html = (path.read_text(encoding="utf-8") for path in write_report(results, directory))
+        _reports[given] = (markdown, html, Page(html))
+    return _reports[given]
+
+
+_reports: dict[str, tuple[str, str, Page]] = {}
 
 
 def ids(page: Page) -> set[str]:
