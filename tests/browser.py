@@ -6,6 +6,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +18,14 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SECONDS = 60
+# A browser reads commands from descriptor 3 and writes answers to 4.
+LAUNCH = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(one), fcntl.F_DUPFD, 10) for one in sys.argv[1:3]]
+for number, one in zip((3, 4), high):
+    os.dup2(one, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -125,9 +134,8 @@ def browser() -> Iterator[Browser]:
             *("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"),
             *("--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking", f"--user-data-dir={profile}"),
         ]
-        redirected = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
         process = subprocess.Popen(
-            ["/bin/sh", "-c", redirected, executable(), *options],
+            [sys.executable, "-c", LAUNCH, str(to_browser), str(from_browser), executable(), *options],
             pass_fds=(to_browser, from_browser),
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
