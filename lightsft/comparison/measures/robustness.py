@@ -1,8 +1,8 @@
 """Scores of the same test rows spelled in other ways: with typing errors, in lower case, in upper case.
 
-Typing errors: 10 % of a text's words of more than three letters, on average, each with one letter swapped with the one
-before it, left out, doubled, or replaced by one beside it on the keyboard (QWERTY; letters that are not on it are
-doubled). They are drawn from the text and the seed, so every strategy reads the same errors.
+Typing errors: 10 % of a text's words of more than three letters, on average, each with one letter swapped with the
+next, left out, doubled, or replaced by one beside it on the keyboard (QWERTY; letters that are not on it are doubled).
+They are drawn from the text and the seed, so every strategy reads the same errors.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def misspelled(word: str, chance: random.Random) -> str:
     place = chance.choice([place for place, letter in enumerate(word) if letter.isalpha()][1:])
     before, letter, after = word[:place], word[place], word[place + 1 :]
     ways: list[Callable[[], Any]] = [
-        lambda: before[:-1] + letter + before[-1:] + after,  # swapped with the one before it
+        lambda: before + after[:1] + letter + after[1:],  # swapped with the next
         lambda: before + after,
         lambda: before + letter + letter + after,
         lambda: before + _beside(letter, chance) + after,
