@@ -7,10 +7,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lightsft.errors import ConfigurationError
 
@@ -39,10 +39,11 @@ class StrategySpec(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     label: str = ""
     learning_rate: Positive | None = None
+    search: dict[str, Any] = Field(default_factory=dict)  # what a search chooses from, in place of the strategy's own
 
     @classmethod
     def parse(cls, text: Any) -> StrategySpec:
-        """From `lora`, `lora(rank=16)`, a mapping {name, options..., label, learning_rate}, or a strategy object."""
+        """From `lora`, `lora(rank=16)`, a mapping {name, options..., label, ...}, or a strategy object."""
         if isinstance(text, StrategySpec):
             return text
         if isinstance(text, Mapping):
@@ -50,7 +51,11 @@ class StrategySpec(BaseModel):
         if not isinstance(text, str):
             return cls._from_object(text)
         name, options = _called(text, "the strategy", "lora(rank=16, alpha=32)")
-        return cls._from_mapping({"name": name, "label": re.sub(r"\s+", "", text), **options})
+        label = re.sub(r"\s+", "", text)
+        if "search" in options:
+            shown = ",".join(part for part in _parts(text) if not part.startswith("search="))
+            label = f"{name}({shown})" if shown else name
+        return cls._from_mapping({"name": name, "label": label, **options})
 
     @property
     def folder(self) -> str:
@@ -59,7 +64,7 @@ class StrategySpec(BaseModel):
 
     def __str__(self) -> str:
         """The text that `parse` reads as this."""
-        own = {"label": self.label, "learning_rate": self.learning_rate}
+        own = {"label": self.label, "learning_rate": self.learning_rate, "search": self.search or None}
         for options in (self.options, {**self.options, **{k: v for k, v in own.items() if v is not None}}):
             inside = ", ".join(f"{key}={json.dumps(value)}" for key, value in options.items())
             text = f"{self.name}({inside})" if inside else self.name
@@ -86,7 +91,7 @@ class StrategySpec(BaseModel):
     def _from_mapping(cls, mapping: Mapping[str, Any]) -> StrategySpec:
         if "name" not in mapping:
             raise ConfigurationError(f"the strategy {dict(mapping)} has no name", expected="name: lora")
-        own = {key: mapping[key] for key in ("name", "label", "learning_rate") if key in mapping}
+        own = {key: mapping[key] for key in ("name", "label", "learning_rate", "search") if key in mapping}
         options = {**mapping.get("options", {})}
         options |= {key: value for key, value in mapping.items() if key not in (*own, "options")}
         return cls(**{"label": mapping["name"], **own}, options=options)
@@ -117,6 +122,12 @@ def _called(text: str, what: str, example: str = "seq2seq(num_beams=4)") -> tupl
     if match is None:
         raise ConfigurationError(f"cannot read {what} {text!r}", expected=f"a name, or a name with options: {example}")
     return match[1], dict(_option(part, text) for part in split_list(match[2] or ""))
+
+
+def _parts(text: str) -> list[str]:
+    """The options between the brackets of `name(a=1, b=2)`, without white space."""
+    _, _, inside = text.strip().removesuffix(")").partition("(")
+    return [re.sub(r"\s+", "", part) for part in split_list(inside)]
 
 
 def _option(text: str, whole: str) -> tuple[str, Any]:
@@ -151,6 +162,16 @@ def split_list(text: str) -> list[str]:
         else:
             parts[-1] += character
     return [part.strip() for part in parts if part.strip()]
+
+
+def _whole(value: Any) -> Any:
+    """1e6 is a million."""
+    number = _number(value)
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def _counts(value: Any) -> Any:
+    return tuple(split_list(value)) if isinstance(value, str) else value
 
 
 def _strategies(value: Any) -> Any:
@@ -267,6 +288,14 @@ class TrainConfig(BaseModel):
     """Score that picks checkpoints and the winner; by default the task's own (accuracy for classification)."""
     epochs: Positive = 3.0
     """Passes over the training rows."""
+    max_steps: Count | None = None
+    """Budget in updates, in place of epochs."""
+    max_tokens: Annotated[Count | None, BeforeValidator(_whole)] = None
+    """Budget in tokens that are read in training, padding not counted, in place of epochs."""
+    max_minutes: Positive | None = None
+    """Budget in minutes of training, validation not counted, in place of epochs; no two runs are then the same."""
+    evaluations: Count | None = None
+    """Validations during a run, evenly spaced; by default one per epoch, 5 under another budget."""
     batch_size: Count = 16
     """Rows per step on each device."""
     tokens_per_batch: Count | None = None
@@ -303,6 +332,15 @@ class TrainConfig(BaseModel):
     """Type to compute in: auto, float32, bfloat16 or float16."""
     device: str = "auto"
     """auto, cpu, cuda, xpu or mps."""
+    track: Annotated[tuple[str, ...], BeforeValidator(_labels)] = ()
+    """Experiment trackers, comma-separated: tensorboard, mlflow, wandb (offline unless WANDB_MODE is set), trackio."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        given = [name for name in ("max_steps", "max_tokens", "max_minutes") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are two budgets; give one")
+        return self
 
 
 class SingleConfig(TrainConfig):
@@ -319,8 +357,32 @@ class RunConfig(TrainConfig):
 
     strategies: Annotated[tuple[StrategySpec, ...], BeforeValidator(_strategies), Field(min_length=1)]
     """Strategies, comma-separated: full,lora,"lora(rank=16)"."""
-    seeds: Count = 3
-    """Trials per strategy, with seeds 0, 1, ..."""
+    seeds: Count = 5
+    """Trials per strategy, with seeds 0, 1, ...: new weights, the order of the rows, dropout."""
+    tune: Annotated[int, Field(ge=0)] = 8
+    """Search trials per strategy for its learning rate and main option, on validation rows; 0 takes its defaults."""
+    jobs: Count = 1
+    """Trials that run at the same time, each on its share of the cores, or on an accelerator of its own."""
+    on: str = "local"
+    """Where trials run: local, ray (this machine), or ray://HOST:PORT."""
+    processes: Count = 1
+    """Processes of each trial, through accelerate; each takes batch_size rows per step."""
+    score_target: Annotated[float | None, BeforeValidator(_number)] = None
+    """Validation score whose time to be reached is reported."""
+    score_by: str | None = None
+    """Column whose values get scores of their own."""
+    margin: Positive = 0.01
+    """How far behind the best a strategy may be to be as good, in units of the metric: 0.01 of accuracy is a point."""
+    resolve: Positive = 0.005
+    """Difference that would matter, in units of the metric: for it the seeds are stated that it takes to see it."""
+    few_shot_curve: Annotated[tuple[Count, ...], BeforeValidator(_counts)] = ()
+    """Train on so many examples per class as well, comma-separated: 1,4,16."""
+    robustness: bool = True
+    """Score test texts with typing errors, in lower and in upper case."""
+    forgetting: bool = True
+    """Loss of language models on neutral text before and after training."""
+    neutral_text: Source | None = None
+    """Text file for `forgetting`; by default English reference prose from Python's own documentation."""
 
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -358,6 +420,8 @@ def _problem(item: Any, kind: type[BaseModel]) -> str:
         return f"{name}: no such key" + (f"; did you mean {near[0]}?" if near else "")
     if item["type"] == "missing":
         return f"{name}: missing"
+    if not name:  # about several keys together
+        return str(item["msg"]).removeprefix("Value error, ")
     return f"{name}: {item['msg']}, got {item['input']!r}"
 
 

@@ -7,6 +7,7 @@
     ├── TargetError          targets that match no module, or a module that cannot be served
     ├── InjectionError       a strategy that was placed but does not train, or a backbone already taken
     ├── ArtifactError        a saved strategy that is damaged, incomplete or made for another backbone
+    ├── DivergedError        a loss that is no number any more
     ├── MergeError           weights that cannot be folded into the backbone
     └── OutputError          a folder that is occupied, a disk that is full
 
@@ -58,6 +59,10 @@ class InjectionError(LightsftError):
 
 class ArtifactError(LightsftError):
     """A saved strategy that is damaged, incomplete or made for another backbone."""
+
+
+class DivergedError(LightsftError):
+    """A training whose loss is no number any more."""
 
 
 class MergeError(LightsftError):

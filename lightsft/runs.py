@@ -10,12 +10,13 @@ from lightsft.errors import OutputError
 from lightsft.files import read_json, require_free, sha256
 
 _DATA = ("data", "validation_data", "test_data")
+_FREE = ("out", "jobs", "on", "track")  # where and how fast it runs, not what comes of it
 
 
 def identity_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What makes two runs the same: the configuration, and the bytes of the data files. A folder may be moved."""
     hashes = {name: sha256(Path(path)) for name in _DATA if (path := settings[name]) and Path(path).is_file()}
-    return {"settings": {name: value for name, value in settings.items() if name != "out"}, "data_sha256": hashes}
+    return {"settings": {name: value for name, value in settings.items() if name not in _FREE}, "data_sha256": hashes}
 
 
 def require_same_run(out: Path, identity: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from lightsft.tasks import Task, task_class
 from lightsft.tasks.base import errors_of, require_none
 from lightsft.training.optimizers import require_usable
 from lightsft.training.task_options import SHORTHANDS, task_options
+from lightsft.training.trackers import require_trackers
 
 if TYPE_CHECKING:
     from lightsft.doctor import Finding, Report
@@ -78,6 +79,7 @@ def prepare(config: TrainConfig, *, examined: bool = False) -> Prepared:
     """
     _require_known("scheduler", config.scheduler, SchedulerType)
     _require_known("optimizer", config.optimizer, OptimizerNames)
+    require_trackers(config.track)
     require_usable(config.optimizer, config.optimizer_options, choose_device(config.device))
     return read(config, examined=examined)
 

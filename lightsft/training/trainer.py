@@ -8,7 +8,7 @@ schedulers, accelerate and resuming work as in transformers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightsft import adapter_files, artifact
 from lightsft.data.batching import SimilarLengths, TokenBudget
+from lightsft.data.budget import tokens_of_updates
 from lightsft.data.packing import pack
 from lightsft.data.reading import Row
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.injection import Injection
 from lightsft.tasks.base import Metrics, Task
+from lightsft.training.clock import PARTS, follow_clock
 from lightsft.training.evaluate import announce, observed
 from lightsft.training.optimizers import classes_in_state, forget_overrides, recipe
 from lightsft.training.packable import find_layout
+from lightsft.training.progress import Record
 
 
 class Encoded(Dataset[dict[str, Any]]):
@@ -57,19 +60,23 @@ class Trainer(transformers.Trainer):
         trainer = Trainer(injection, task, train=rows, validation=rows, args=TrainingArguments("out"))
         trainer.train()
 
-    `train` and `validation` are rows as `lightsft.data.reading.read_rows` gives them, or a `datasets.Dataset`.
+    `train` and `validation` are rows as `lightsft.data.reading.read_rows` gives them, a `datasets.Dataset`, or what
+    `encoded` made of either.
     tokens_per_batch: padded tokens of a batch, instead of the batch size of `args`. packing: lay the sequences of a
     batch side by side (`lightsft.data.packing`); refused where that is not exact. The learning rate of `args` holds
     unless `args` is None: then the strategy's own default does. Further keyword arguments go to transformers.Trainer.
     """
+
+    record: Record  # of a run that a configuration describes
+    clock: Callable[[], float] | None = None  # the share of the time that is spent, under a budget in time
 
     def __init__(
         self,
         injection: Injection,
         task: Task,
         *,
-        train: Sequence[Row] | None = None,
-        validation: Sequence[Row] | None = None,
+        train: Sequence[Row] | Encoded | None = None,
+        validation: Sequence[Row] | Encoded | None = None,
         args: transformers.TrainingArguments | None = None,
         tokens_per_batch: int | None = None,
         packing: bool = False,
@@ -105,9 +112,9 @@ class Trainer(transformers.Trainer):
                 **options,
             )
 
-    def _encoded(self, rows: Sequence[Row] | None) -> Encoded | None:
-        if rows is None:
-            return None
+    def _encoded(self, rows: Sequence[Row] | Encoded | None) -> Encoded | None:
+        if rows is None or isinstance(rows, Encoded):
+            return rows
         rows = list(rows)
         if not rows:
             raise DataError("there are no rows to train or validate on", expected="at least one row")
@@ -162,6 +169,16 @@ class Trainer(transformers.Trainer):
     @property
     def _data_seed(self) -> int:
         return int(self.args.data_seed if self.args.data_seed is not None else self.args.seed)
+
+    def tokens_of_updates(self) -> Iterator[int]:
+        """Real tokens that update 1, 2, ... of a training reads."""
+        lengths = self.train_dataset.lengths(self.task)
+        sampler: TokenBudget | SimilarLengths
+        if self.tokens_per_batch is not None:
+            sampler = TokenBudget(lengths, self.tokens_per_batch, self._data_seed)
+        else:
+            sampler = SimilarLengths(lengths, self.args.train_batch_size, self._data_seed)
+        return tokens_of_updates(sampler, lengths, self.args.gradient_accumulation_steps * self.args.world_size)
 
     def _get_train_sampler(self, train_dataset: Encoded | None = None) -> SimilarLengths | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -225,6 +242,14 @@ class Trainer(transformers.Trainer):
                 faster = [p for p in group["params"] if ratios.get(id(p)) == ratio]
                 _move(optimizer, group, faster, lr=group["lr"] * ratio)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As transformers'; under a budget in time, one that follows the clock."""
+        if self.clock is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        schedule = super().create_scheduler(PARTS, optimizer)
+        follow_clock(schedule, self.clock)
+        return schedule
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with torch.serialization.safe_globals(classes_in_state(self.optimizer)):
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -276,9 +301,9 @@ class Trainer(transformers.Trainer):
             return loss, None, None
         return loss, outcomes, torch.zeros(outcomes.shape[0], 1, device=outcomes.device)
 
-    def score(self, rows: Sequence[Row]) -> tuple[Metrics, np.ndarray[Any, Any]]:
+    def score(self, rows: Sequence[Row] | Encoded) -> tuple[Metrics, np.ndarray[Any, Any]]:
         """(metrics, outcomes) of the present weights on `rows`; outcomes are in the order of the rows."""
-        encoded = Encoded(self.task.encode(rows, self.tokenizer))
+        encoded = rows if isinstance(rows, Encoded) else Encoded(self.task.encode(rows, self.tokenizer))
         order = np.argsort(encoded.lengths(self.task), kind="stable")
         found = super().predict(encoded.reordered(order), metric_key_prefix="test").predictions
         outcomes = np.empty_like(found)
