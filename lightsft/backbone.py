@@ -163,6 +163,16 @@ class Backbone:
             compute_dtype=compute,
         )
 
+    def renew(self, seed: int) -> None:
+        """Initialise again what the checkpoint does not hold, as `load` with this seed does."""
+        fresh = {id(tensor) for name, tensor in _tensors(self.model) if name in self.fresh}
+        for _, tensor in _tensors(self.model):
+            tensor._is_hf_initialized = id(tensor) not in fresh  # type: ignore[attr-defined]
+        for module in self.model.modules():
+            module._is_hf_initialized = not any(id(tensor) in fresh for _, tensor in _tensors(module))
+        with _seeded(seed):
+            self.model.initialize_weights()
+
     @cached_property
     def quantization(self) -> str | None:
         """How the model is quantized ("nf4", "int8", ...), or None."""
@@ -303,6 +313,11 @@ class Backbone:
             if name in parameters
             and not same_values(torch.tensor(_some_values(parameters[name])), torch.tensor(expected))
         ]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _on_cpu(inputs: Mapping[str, Any]) -> dict[str, Any]:
