@@ -14,7 +14,7 @@ With reads="residual" an adapter reads the residual stream x that h is added to,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -65,6 +65,7 @@ class Adapter:
     reads: str = "sublayer"
 
     learning_rate: ClassVar[float] = 2e-3
+    search_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {"reduction_factor": (4, 8, 16, 32)}
 
     def __post_init__(self) -> None:
         above("reduction_factor", self.reduction_factor, 0)

@@ -9,8 +9,9 @@ what z is: `lightsft_adapters.adapter`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class Compacter(Adapter):
     shared_rule: bool = True
 
     learning_rate: ClassVar[float] = 1e-2  # measured on the demo; the authors' configuration for T5-base has 3e-3
+    search_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {"reduction_factor": (4, 8, 16, 32)}
 
     def __post_init__(self) -> None:
         super().__post_init__()

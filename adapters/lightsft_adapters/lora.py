@@ -77,6 +77,7 @@ class LoRA:
     loftq_steps: int = 1
 
     learning_rate: ClassVar[float] = 1e-3
+    search_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rank": (4, 8, 16, 32)}
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *self.rank_pattern.values()):

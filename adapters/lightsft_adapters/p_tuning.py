@@ -8,10 +8,11 @@ folder, so that training can go on from there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class PTuning:
     dropout: float = 0.0
 
     learning_rate: ClassVar[float] = 1e-2
+    search_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {"num_virtual_tokens": (10, 20, 40, 80)}
     places_last: ClassVar[int] = 2  # nothing that is looked up replaces them, others see the input as it is given
 
     def __post_init__(self) -> None:

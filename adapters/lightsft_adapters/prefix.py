@@ -51,6 +51,7 @@ class Prefix:
     layers: Sequence[int] | None = None
 
     learning_rate: ClassVar[float] = 2e-2
+    search_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {"num_virtual_tokens": (5, 10, 20, 40)}
 
     def __post_init__(self) -> None:
         at_least("num_virtual_tokens", self.num_virtual_tokens, 1)

@@ -43,6 +43,7 @@ class Prompt:
     text: str | None = None
 
     learning_rate: ClassVar[float] = 3e-2
+    search_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {"num_virtual_tokens": (10, 20, 40, 80)}
     places_last: ClassVar[int] = 2  # nothing that is looked up replaces them, others see the input as it is given
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ and in generation: `lightsft_adapters.prompt_reader`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,6 +53,7 @@ class ReFT:
     layers: Sequence[int] | None = None
 
     learning_rate: ClassVar[float] = 4e-3  # measured on the demo; the authors' commands for LLaMA-7B have 9e-4
+    search_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rank": (2, 4, 8, 16)}
 
     def __post_init__(self) -> None:
         at_least("rank", self.rank, 1)

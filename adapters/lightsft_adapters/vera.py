@@ -8,9 +8,9 @@ of A, one with fewer outputs the first rows of B. Both are Kaiming-uniform (boun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class VeRA:
     save_projection: bool = False
 
     learning_rate: ClassVar[float] = 2e-2  # measured on the demo, as the other defaults
+    search_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rank": (64, 128, 256, 512)}
 
     def __post_init__(self) -> None:
         at_least("rank", self.rank, 1)
