@@ -28,6 +28,7 @@ def demo_config(out: Path) -> RunConfig:
             "label": "sentiment",
             "strategies": STRATEGIES,
             "seeds": 2,
+            "tune": 0,
             "max_train_examples": 1000,
             "max_validation_examples": 250,
             "max_test_examples": 600,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from typing import Any
 
 import typer
 
@@ -38,6 +39,9 @@ def run_comparison(config: RunConfig, command_line: str) -> None:
     failed = [trial for trial in results["trials"] if trial["status"] == "failed"]
     winner = results["winner"]
     if winner:
+        typer.echo("")
+        for sentence in _verdicts(results, winner["strategy"]):
+            typer.echo(sentence)
         typer.echo(f"\nwinner      {winner['strategy']} (seed {winner['seed']}): {winner['note']}")
         typer.echo(f"adapter     {config.out / winner['adapter']}")
     typer.echo(f"report      {config.out / 'report.html'}")
@@ -47,3 +51,10 @@ def run_comparison(config: RunConfig, command_line: str) -> None:
         typer.echo(f"failed      {trial['strategy']} seed {trial['seed']}: {trial['error']}", err=True)
     if failed:
         raise typer.Exit(1)
+
+
+def _verdicts(results: dict[str, Any], winner: str) -> list[str]:
+    """How the winner compares with every other strategy and with the baselines; then what is as good and costs less."""
+    about = [one for one in results["comparisons"] if winner in (one["first"], one["second"])]
+    near = results["non_inferior"]
+    return [one["verdict"] for one in about] + ([near["verdict"]] if near else [])

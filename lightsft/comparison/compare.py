@@ -2,6 +2,7 @@
 
 OUT/run.json           the configuration and a hash of the data: what this folder is the run of
 OUT/results.json       every figure; written after each trial, so an interrupted run continues from it
+OUT/search/NAME/       log.txt of each trial of a search
 OUT/trials/NAME/       adapter, outcomes.npy, log.txt of each trial
 OUT/logs/              of the summary and the merge
 OUT/merged/            the winner as a plain checkpoint, with certificate.json
@@ -13,19 +14,22 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightsft.comparison.display import Display
-from lightsft.comparison.worker import JobDied, JobFailed, Worker
-from lightsft.config import RunConfig, StrategySpec, build
+from lightsft.comparison.finishing import finish
+from lightsft.comparison.plan import Planned, next_planned, search_of, total
+from lightsft.comparison.search import chosen
+from lightsft.comparison.worker import LAST, Event, JobDied, JobFailed, Worker, result_of
+from lightsft.config import RunConfig, build
 from lightsft.errors import LightsftError, OutputError
-from lightsft.files import read_json, sha256, write_json
+from lightsft.files import read_json, write_json
 from lightsft.runs import identity_of, require_same_run
 
 Results = dict[str, Any]
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Interrupted(Exception):
@@ -45,175 +49,196 @@ def compare(
     configuration it continues where it stopped; with another one, on the same folder, it raises OutputError.
     """
     config = config or build(RunConfig, values)
-    out = config.out
     settings = config.model_dump(mode="json")
     identity = identity_of(settings)
-    require_same_run(out, identity)
-    results = _read_results(out) or {"schema": SCHEMA, "trials": []}
-    with Worker() as worker, display or Display() as shown:
-        run = _Run(config, settings, results, worker, shown, command or _command(config))
+    require_same_run(config.out, identity)
+    results = _read_results(config.out) or {"schema": SCHEMA, "trials": [], "search": [], "few_shot_trials": []}
+    results |= {"task": config.task.name, "model": config.model, "command": command or _command(config)}
+    results["config"] = settings
+    with Worker(config.jobs) as worker, display or Display() as shown:
+        run = Run(config, settings, results, worker, shown)
         try:
             run.start()
-            write_json(out / "run.json", identity)  # only now is the folder taken: a refused run leaves nothing
-            run.trials()
-            run.finish()
+            write_json(config.out / "run.json", identity)  # only now is the folder taken: a refused run leaves nothing
+            with trainers(config, worker) as pool:
+                run.trials(pool)
+            finish(run)
         except KeyboardInterrupt:
-            finished = sum(trial["status"] == "finished" for trial in results["trials"])
-            raise Interrupted(finished, len(config.strategies) * config.seeds, out) from None
+            raise Interrupted(run.recorded, total(config, results), config.out) from None
     return results
 
 
-class _Run:
+class Run:
     """One call of `compare`: the steps, each leaving `results` complete on disk."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        settings: dict[str, Any],
-        results: Results,
-        worker: Worker,
-        display: Display,
-        command: str,
+        self, config: RunConfig, settings: dict[str, Any], results: Results, worker: Worker, display: Display
     ) -> None:
-        self.config, self.results, self.worker, self.display = config, results, worker, display
-        self.settings = settings
-        results |= {"task": config.task.name, "model": config.model, "command": command, "config": settings}
+        self.config, self.settings, self.results = config, settings, results
+        self.worker, self.display = worker, display
 
     def start(self) -> None:
         """Check everything that can be wrong before hours are spent, and score the baselines."""
         if "baselines" not in self.results:
-            self.display.begin("baselines")
             with tempfile.TemporaryDirectory() as scratch:
-                self.results |= self.worker.run(
-                    "start", {"config": self.settings}, Path(scratch) / "log.txt", self.display.event
-                )
-            self.display.end(self._scores_of(self.results["baselines"]))
-            self._write()
-        for line in self._preview():
+                started = self.job("baselines", "start", {"directory": scratch}, log=Path(scratch) / "log.txt")
+                self.results |= started
+                shutil.copytree(Path(scratch) / "baselines", self.config.out / "baselines", dirs_exist_ok=True)
+            self.write()
+        for line in _preview(self.results):
             self.display.say(line)
         self.settings = {**self.settings, "dtype": self.results["machine"]["dtype"]}
 
-    def trials(self) -> None:
-        """Every strategy with every seed that is not finished yet."""
-        for spec, seed in self._pending():
-            name = f"{spec.folder}-seed{seed}"
-            directory = self.config.out / "trials" / name
-            shutil.rmtree(directory, ignore_errors=True)
-            self.display.begin(f"{spec.label} seed {seed}")
-            record: dict[str, Any] = {
-                "strategy": spec.label,
-                "seed": seed,
-                "adapter": f"trials/{name}/adapter",
-                "error": None,
-            }
-            arguments = {"spec": spec.model_dump(mode="json"), "seed": seed, "directory": str(directory)}
-            try:
-                record |= {"status": "finished", **self._job("trial", arguments, directory / "log.txt")}
-                self.display.end(f"{self._metric} {record['test'][self._metric]:.4f} in {record['seconds']:.0f} s")
-            except (LightsftError, JobDied, JobFailed) as error:
-                record |= {"status": "failed", "error": str(error), "adapter": None}
-                self.display.end(f"failed: {str(error).splitlines()[0]}")
-            self._record(record)
+    def trials(self, pool: Worker) -> None:
+        """Every search trial and every trial that is not on record, so many at once as `pool` runs."""
+        running: dict[int, Planned] = {}
+        begun: set[Planned] = set()
+        records: dict[int, dict[str, Any]] = {}
+        while True:
+            while len(running) < self.config.jobs:
+                planned = next_planned(self.config, self.results, begun)
+                if planned is None:
+                    break
+                begun.add(planned)
+                record, arguments, log = self._prepared(planned)
+                self.display.begin(planned.title)
+                number = pool.start(planned.kind, {"config": self.settings, **arguments}, log)
+                running[number], records[number] = planned, record
+            if not running:
+                return
+            number, event = pool.next_event()
+            planned = running[number]
+            if event["event"] == "proposed":
+                records[number]["parameters"] = event["parameters"]
+            elif event["event"] in LAST:
+                del running[number]
+                self._record(planned, ended(records.pop(number), event))
+                self.display.end(_outcome(self.results["metric"], planned, self._latest), planned.title)
+            else:
+                self.display.event(event, planned.title)
 
-    def finish(self) -> None:
-        """Summary, winner, merged checkpoint, report."""
-        from lightsft.comparison.report import write_report
+    def _prepared(self, planned: Planned) -> tuple[dict[str, Any], dict[str, Any], Path]:
+        """(record so far, arguments of the job, its log) of a training, in an empty folder."""
+        kind = "search" if planned.kind == "searched" else "trials"
+        directory = self.config.out / kind / planned.name
+        shutil.rmtree(directory, ignore_errors=True)
+        arguments: dict[str, Any] = {"spec": planned.spec.model_dump(mode="json"), "directory": str(directory)}
+        search = search_of(self.results, planned.spec)
+        if planned.kind == "searched":
+            assert search is not None
+            given = {"space": search["space"], "default": search["default"], "records": search["trials"]}
+            arguments |= {"seed": search["seed"], "greater_is_better": self.results["greater_is_better"], **given}
+            record: dict[str, Any] = {"number": planned.number, "parameters": {}, "curve": [], "validation": None}
+        else:
+            parameters = (search or {}).get("chosen") or {}
+            first = planned.number == 0 and planned.shots is None
+            arguments |= {"seed": planned.number, "parameters": parameters, "examined": first, "shots": planned.shots}
+            record = {"strategy": planned.spec.label, "seed": planned.number, "parameters": parameters}
+            record |= {"adapter": f"trials/{planned.name}/adapter"}
+            record |= {} if planned.shots is None else {"shots": planned.shots}
+        return {**record, "error": None}, arguments, directory / "log.txt"
 
-        self.display.begin("summary")
-        arguments = {"results": self.results, "directory": str(self.config.out)}
-        self.results["summary"] = self._job("summarise", arguments, self.config.out / "logs" / "summary.txt")
-        self.display.end(f"{len(self.results['summary'])} strategies")
-        self.results["winner"], self.results["certificate"] = self._crown()
-        self._write()
-        write_report(self.results, self.config.out)
+    def _record(self, planned: Planned, record: dict[str, Any]) -> None:
+        self._latest = record
+        if planned.kind == "searched":
+            search = search_of(self.results, planned.spec)
+            assert search is not None
+            search["trials"].append(record)
+            if len(search["trials"]) == self.config.tune:
+                search["chosen"] = chosen(search["trials"], self.results["greater_is_better"])
+        else:
+            self._put("trials" if planned.shots is None else "few_shot_trials", record)
+        self.write()
 
-    def _crown(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """The best strategy on validation, its best seed; and the best one that merges, merged."""
-        if not self.results["summary"]:
-            return None, None
-        best = self._best_trial(self.results["summary"][0]["strategy"])
-        winner = {
-            "strategy": best["strategy"],
-            "seed": best["seed"],
-            "adapter": best["adapter"],
-            "merged": None,
-        }
-        mergeable = [row["strategy"] for row in self.results["summary"] if row["mergeable"]]
-        if not mergeable:
-            return winner | {"note": "No strategy of this run can be merged: ship the adapter folder."}, None
-        merged = self._best_trial(mergeable[0])
-        try:
-            certificate = self._merge(merged)
-        except (LightsftError, JobDied, JobFailed) as error:
-            self.display.end("failed")
-            return winner | {"note": f"{merged['strategy']} could not be merged: {error}"}, None
-        winner |= {"merged": "merged", "merged_strategy": merged["strategy"], "merged_seed": merged["seed"]}
-        if merged["strategy"] == best["strategy"]:
-            return winner | {"note": "merged/ holds the winner."}, certificate
-        note = f"{best['strategy']} cannot be merged into plain weights: ship its adapter folder. "
-        return winner | {"note": note + f"merged/ holds {merged['strategy']}, the best one that merges."}, certificate
+    def _put(self, place: str, record: dict[str, Any]) -> None:
+        """In the place of an earlier attempt, in the order of the strategies."""
+        order = [spec.label for spec in self.config.strategies]
 
-    def _merge(self, trial: Mapping[str, Any]) -> dict[str, Any]:
-        out = self.config.out / "merged"
-        adapter = self.config.out / trial["adapter"]
-        certificate = out / "certificate.json"
-        if certificate.exists():
-            found: dict[str, Any] = read_json(certificate)
-            if found["adapter_sha256"] == sha256(adapter / "adapter_model.safetensors"):
-                return found
-            shutil.rmtree(out)
-        self.display.begin(f"merging {trial['strategy']}")
-        made: dict[str, Any] = self._job(
-            "merge", {"adapter": str(adapter), "out": str(out)}, self.config.out / "logs" / "merge.txt"
-        )
-        self.display.end(f"largest logit difference {made['largest_logit_difference']:.1e}")
-        return made
+        def key(trial: Mapping[str, Any]) -> tuple[int, int, int]:
+            return order.index(trial["strategy"]), trial.get("shots", 0), trial["seed"]
+
+        kept = [trial for trial in self.results[place] if key(trial) != key(record)]
+        self.results[place] = sorted([*kept, record], key=key)
 
     # ---- small things
 
     @property
-    def _metric(self) -> str:
-        return str(self.results["metric"])
+    def recorded(self) -> int:
+        """Trainings that have ended well."""
+        searched = sum(len(search["trials"]) for search in self.results["search"])
+        rows = [*self.results["trials"], *self.results["few_shot_trials"]]
+        return int(searched + sum(trial["status"] == "finished" for trial in rows))
 
-    def _job(self, name: str, arguments: dict[str, Any], log: Path) -> Any:
-        arguments = {"config": self.settings, **arguments}
-        return self.worker.run(name, arguments, log, self.display.event)
+    def job(self, title: str, name: str, arguments: dict[str, Any], log: Path | None = None) -> Any:
+        """Run a job alone, shown under a title."""
+        self.display.begin(title)
+        log = log or self.config.out / "logs" / f"{name}.txt"
+        try:
+            found = self.worker.run(
+                name, {"config": self.settings, **arguments}, log, lambda event: self.display.event(event, title)
+            )
+        except (LightsftError, JobDied, JobFailed):
+            self.display.end("failed", title)
+            raise
+        self.display.end(_said(found), title)
+        return found
 
-    def _pending(self) -> Iterator[tuple[StrategySpec, int]]:
-        done = {(t["strategy"], t["seed"]) for t in self.results["trials"] if t["status"] == "finished"}
-        for seed in range(self.config.seeds):
-            for spec in self.config.strategies:
-                if (spec.label, seed) not in done:
-                    yield spec, seed
-
-    def _record(self, record: dict[str, Any]) -> None:
-        same = (record["strategy"], record["seed"])
-        kept = [trial for trial in self.results["trials"] if (trial["strategy"], trial["seed"]) != same]
-        order = [spec.label for spec in self.config.strategies]
-        kept.append(record)
-        self.results["trials"] = sorted(kept, key=lambda t: (order.index(t["strategy"]), t["seed"]))
-        self._write()
-
-    def _best_trial(self, strategy: str) -> dict[str, Any]:
-        trials = [t for t in self.results["trials"] if t["strategy"] == strategy and t["status"] == "finished"]
-        sign = -1 if self.results["greater_is_better"] else 1
-        return min(trials, key=lambda trial: (sign * trial["validation"][self._metric], trial["seed"]))
-
-    def _preview(self) -> list[str]:
-        data = self.results["data"]
-        lines = [*(data.get("notes") or []), *(data.get("finding_lines") or [])]
-        for split, pieces in (self.results.get("previews") or {}).items():
-            text = " ".join(f"[[{piece}]]" if carries_loss else piece for piece, carries_loss in pieces)
-            lines += [f"first example of {split}; the loss is on what stands in [[ ]]:", text]
-        return lines
-
-    def _scores_of(self, baselines: Mapping[str, Any]) -> str:
-        return ", ".join(
-            f"{name} {self._metric} {splits['test'][self._metric]:.4f}" for name, splits in baselines.items()
-        )
-
-    def _write(self) -> None:
+    def write(self) -> None:
+        """results.json as it is now."""
         write_json(self.config.out / "results.json", self.results)
+
+
+def trainers(config: RunConfig, worker: Worker) -> Any:
+    """Where trials run: the worker of this machine, or Ray's."""
+    if config.on == "local":
+        import contextlib
+
+        return contextlib.nullcontext(worker)
+    from lightsft.comparison.ray_worker import RayWorker
+
+    return RayWorker(config.on, config.jobs)
+
+
+def ended(record: dict[str, Any], event: Event) -> dict[str, Any]:
+    """A record with what its last event says: a result, or why there is none."""
+    try:
+        return {**record, "status": "finished", **result_of(event)}
+    except (LightsftError, JobDied, JobFailed) as error:
+        kept = {"adapter": None} if "adapter" in record else {}
+        return {**record, **kept, "status": "failed", "error": str(error)}
+
+
+def _outcome(metric: str, planned: Planned, record: Mapping[str, Any]) -> str:
+    if record["status"] == "failed":
+        return f"failed: {str(record['error']).splitlines()[0]}"
+    if planned.kind == "searched":
+        values = ", ".join(
+            f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in record["parameters"].items()
+        )
+        return f"{record['status']}, validation {metric} {record['validation']:.4f} with {values}"
+    return f"{metric} {record['test'][metric]:.4f} in {record['seconds']:.0f} s"
+
+
+def _said(found: Any) -> str:
+    """What a job's result is, in a few words."""
+    if isinstance(found, dict) and "baselines" in found:
+        metric = found["metric"]
+        scores = [f"{name} {metric} {one['test'][metric]:.4f}" for name, one in found["baselines"].items()]
+        return ", ".join(scores)
+    if isinstance(found, dict) and "largest_logit_difference" in found:
+        return f"largest logit difference {found['largest_logit_difference']:.1e}"
+    return "done"
+
+
+def _preview(results: Results) -> list[str]:
+    data = results["data"]
+    lines = [*(data.get("notes") or []), *(data.get("finding_lines") or [])]
+    lines += [f"warning: {text}" for text in results.get("warnings") or []]
+    lines += [f"left out: {one['strategy']}: {one['reason']}" for one in results.get("skipped") or []]
+    for split, pieces in (results.get("previews") or {}).items():
+        text = " ".join(f"[[{piece}]]" if carries_loss else piece for piece, carries_loss in pieces)
+        lines += [f"first example of {split}; the loss is on what stands in [[ ]]:", text]
+    return lines
 
 
 def _read_results(out: Path) -> Results | None:
@@ -233,7 +258,7 @@ def _command(config: RunConfig) -> str:
     parts = ["lightsft", "compare"]
     for key, value in given.items():
         flag = f"--{key.replace('_', '-')}"
-        text = ",".join(value) if isinstance(value, list) else str(value)
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         no = f"--no-{key.replace('_', '-')}"
         parts += [flag] if value is True else [no] if value is False else [flag, text]
     return shlex.join(parts)

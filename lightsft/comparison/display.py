@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+NO_LIMIT = 10**9  # steps of a run that something else ends
+
 
 class Display:
     """Shows stages and trials on `console`; on one that is not a terminal, prints a line when something ends."""
@@ -22,7 +24,7 @@ class Display:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._current: tuple[TaskID, str] | None = None
+        self._shown: dict[str, TaskID] = {}
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -35,30 +37,26 @@ class Display:
 
     def begin(self, name: str) -> None:
         """Something starts."""
-        self._current = (self._progress.add_task(name, total=None, note="starting"), name)
+        self._shown[name] = self._progress.add_task(name, total=None, note="starting")
 
-    def event(self, event: dict[str, Any]) -> None:
-        """A worker's event about what runs now."""
-        if self._current is None:
-            return
-        task, _ = self._current
+    def event(self, event: dict[str, Any], name: str) -> None:
+        """A worker's event about what runs under this name."""
+        task = self._shown[name]
         if event["event"] == "progress":
-            note = f"step {event['step']}/{event['steps']}"
-            self._progress.update(task, completed=event["step"], total=event["steps"], note=note)
+            steps = event["steps"] if event["steps"] < NO_LIMIT else None
+            note = f"step {event['step']}" + (f"/{steps}" if steps else "")
+            self._progress.update(task, completed=event["step"], total=steps, note=note)
         elif event["event"] == "stage":
             self._progress.update(task, note=event["stage"])
 
-    def end(self, note: str) -> None:
+    def end(self, note: str, name: str) -> None:
         """What ran has ended; `note` says how."""
-        if self._current is None:
-            return
-        task, name = self._current
-        total = self._progress.tasks[task].total or 1
+        task = self._shown.pop(name)
+        total = next(one.total for one in self._progress.tasks if one.id == task) or 1
         self._progress.update(task, completed=total, total=total, note=note)
         self._progress.stop_task(task)
         if not self.console.is_terminal:
             self.say(f"{name:<32} {note}")
-        self._current = None
 
     def say(self, text: str) -> None:
         """A line of text above the bars."""

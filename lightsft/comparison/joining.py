@@ -37,7 +37,11 @@ def join(runs: Sequence[Run]) -> dict[str, Any]:
         "machine": _common([results.get("machine") or {} for _, results in runs]),
         "versions": _common([results.get("versions") or {} for _, results in runs]),
     }
-    together |= {key: first[key] for key in (*SAME, "unit", "hashes", "data", "previews") if key in first}
+    together |= {
+        key: first[key]
+        for key in (*SAME, "unit", "hashes", "data", "previews", "task_settings", "margins")
+        if key in first
+    }
     for key in ("skipped", "search", "few_shot"):
         together[key] = [
             {**one, "strategy": label(str(one.get("strategy")))}

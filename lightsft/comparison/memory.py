@@ -25,6 +25,10 @@ class PeakMemory:
             _reset_high_water_mark()
         self.start = int(psutil.Process().memory_info().rss)
 
+    def count(self, held: int) -> None:
+        """Count bytes that were there at the start."""
+        self.start -= held
+
     def peak_bytes(self) -> int:
         """Bytes at the highest point so far."""
         if self.device.type in ("cuda", "xpu"):

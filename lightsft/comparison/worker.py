@@ -1,11 +1,12 @@
-"""Jobs in processes of their own, without paying seconds of imports for each.
+"""Jobs in processes of their own, without paying seconds of imports for each, one or several at a time.
 
-A worker is one process that has imported everything and computed nothing. On Linux it forks a child for every job,
-so a job's memory peak is its own and a crash takes nothing else along; elsewhere every job gets a new worker. Jobs
-and their events are lines of JSON on standard input and output.
+A worker is one process that has imported everything. On Linux it forks a child for every job, so a job's memory peak
+is its own, a crash takes nothing else along, and what the worker holds (`shared`: rows, tokens, the base) is there
+without a copy; elsewhere every job gets a process of its own. Requests and events are lines of JSON on standard input
+and output; `number` says which job they are about.
 
-    parent -> worker   {"job": "trial", "arguments": {...}, "log": "trials/lora-seed0/log.txt"}
-    worker -> parent   {"event": "progress", ...}, then {"event": "result", ...}, {"event": "error", ...}
+    parent -> worker   {"number": 3, "job": "trial", "arguments": {...}, "log": "trials/lora-seed0/log.txt", ...}
+    worker -> parent   {"number": 3, "event": "progress", ...}, then {"event": "result", ...}, {"event": "error", ...}
                        or, when a child died, {"event": "died", "status": -9}
 """
 
@@ -14,11 +15,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -29,6 +33,7 @@ from lightsft.process import DEFAULTS, prepare_process
 
 Event = dict[str, Any]
 FORKS = sys.platform == "linux"
+LAST = ("result", "error", "failed", "died")  # events that end a job
 
 
 class JobDied(Exception):
@@ -46,11 +51,31 @@ class JobFailed(Exception):
     """A job raised something that is not a LightsftError; the text is its traceback's last line."""
 
 
-class Worker:
-    """The parent's side. Use it as a context manager: on leaving, whatever still runs is killed."""
+def result_of(event: Event) -> Any:
+    """The result that a job's last event carries; raises what the job raised."""
+    if event["event"] == "error":
+        kind = getattr(errors, event["kind"], LightsftError)
+        raise kind(event["found"], expected=event["expected"], todo=event["todo"])
+    if event["event"] == "failed":
+        raise JobFailed(event["message"])
+    if event["event"] == "died":
+        raise JobDied(event["status"])
+    return event["result"]
 
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+
+class Worker:
+    """The parent's side. Use it as a context manager: on leaving, whatever still runs is killed.
+
+    at_once: how many jobs will run at the same time; each computes on its share of the cores, and sees one accelerator.
+    """
+
+    def __init__(self, at_once: int = 1) -> None:
+        self.at_once = at_once
+        self._events: queue.Queue[tuple[subprocess.Popen[str], Event | None]] = queue.Queue()
+        self._jobs: dict[int, subprocess.Popen[str]] = {}  # those that run, and where
+        self._slots: dict[int, int] = {}
+        self._processes: list[subprocess.Popen[str]] = []
+        self._started = 0
 
     def __enter__(self) -> Worker:
         return self
@@ -60,6 +85,39 @@ class Worker:
     ) -> None:
         self.stop()
 
+    def start(self, job: str, arguments: Mapping[str, Any], log: Path) -> int:
+        """Have a job of `lightsft.comparison.jobs` run; returns the number that its events carry."""
+        process = self._process()
+        self._started += 1
+        number = self._started
+        self._jobs[number] = process
+        self._slots[number] = min(set(range(self.at_once + 1)) - set(self._slots.values()))
+        request = {"number": number, "job": job, "arguments": arguments, "log": str(log)}
+        request |= {"at_once": self.at_once, "slot": self._slots[number]}
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a process that is gone says so by its events
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        return number
+
+    def next_event(self) -> tuple[int, Event]:
+        """(number, event) of any job that runs, as soon as there is one."""
+        while True:
+            try:  # taken up again each second: a Ctrl-C right before it would not end an endless wait
+                process, event = self._events.get(timeout=1.0)
+            except queue.Empty:
+                continue
+            if event is None:  # the process has ended
+                status = process.wait()
+                orphans = [number for number, where in self._jobs.items() if where is process]
+                self._forget(process)
+                for number in orphans:
+                    self._events.put((process, {"number": number, "event": "died", "status": status}))
+            elif event["number"] in self._jobs:
+                if event["event"] in LAST:
+                    self._end(event["number"])
+                return int(event["number"]), event
+
     def run(
         self,
         job: str,
@@ -67,137 +125,168 @@ class Worker:
         log: Path,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> Any:
-        """Run a job of `lightsft.comparison.jobs`; returns its result, or raises what it raised."""
-        process = self._started()
-        assert process.stdin is not None
-        process.stdin.write(json.dumps({"job": job, "arguments": arguments, "log": str(log)}) + "\n")
-        process.stdin.flush()
-        try:
-            return self._result(process, on_event)
-        finally:
-            if not FORKS:
-                self.stop()
-
-    def _result(self, process: subprocess.Popen[str], on_event: Callable[[Event], None]) -> Any:
-        assert process.stdout is not None
-        for line in _lines(process.stdout):
-            event = json.loads(line)
-            if event["event"] == "result":
-                return event["result"]
-            if event["event"] == "error":
-                kind = getattr(errors, event["kind"], LightsftError)
-                raise kind(event["found"], expected=event["expected"], todo=event["todo"])
-            if event["event"] == "failed":
-                raise JobFailed(event["message"])
-            if event["event"] == "died":
-                raise JobDied(event["status"])
+        """Run one job alone; returns its result, or raises what it raised."""
+        number = self.start(job, arguments, log)
+        while True:
+            about, event = self.next_event()
+            if about == number and event["event"] in LAST:
+                return result_of(event)
             on_event(event)
-        status = process.wait()
-        self.stop()
-        raise JobDied(status)
-
-    def _started(self) -> subprocess.Popen[str]:
-        if self._process is not None and self._process.poll() is not None:
-            self.stop()
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "lightsft.comparison.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**DEFAULTS, **os.environ},
-                start_new_session=True,  # Ctrl-C reaches the parent alone, which then stops the whole group
-            )
-        return self._process
 
     def stop(self) -> None:
-        """Kill the worker and its child, if any."""
-        if self._process is None:
+        """Kill the worker and its children, if any."""
+        for process in list(self._processes):
+            self._forget(process)
+        self._jobs.clear()
+        self._slots.clear()
+
+    def _process(self) -> subprocess.Popen[str]:
+        """The one that forks; where there is no forking, a new one."""
+        if FORKS and self._processes and self._processes[0].poll() is None:
+            return self._processes[0]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lightsft.comparison.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**DEFAULTS, **os.environ},
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which then stops the whole group
+        )
+        self._processes.insert(0, process)
+        threading.Thread(target=self._read, args=(process,), daemon=True).start()
+        return process
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                self._events.put((process, json.loads(line)))
+        self._events.put((process, None))
+
+    def _end(self, number: int) -> None:
+        process = self._jobs.pop(number)
+        self._slots.pop(number)
+        if not FORKS:
+            self._forget(process)
+
+    def _forget(self, process: subprocess.Popen[str]) -> None:
+        if process not in self._processes:
             return
+        self._processes.remove(process)
         with contextlib.suppress(ProcessLookupError):
             if os.name == "posix":
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
             else:
-                self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
-        self._process = None
+                process.kill()
+        process.wait()
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
 
 
-def _lines(stream: IO[str]) -> Iterator[str | bytes]:
-    """Lines as they come. The wait is taken up again each second: a Ctrl-C right before it would end no endless one."""
-    if os.name != "posix":  # where pipes cannot be waited for
-        yield from stream
-        return
-    unfinished = b""
-    while True:
-        if not select.select([stream.fileno()], [], [], 1.0)[0]:
-            continue
-        chunk = os.read(stream.fileno(), 1 << 16)
-        if not chunk:
-            return
-        *lines, unfinished = (unfinished + chunk).split(b"\n")
-        yield from lines
+@dataclass
+class _Child:
+    """A forked child: what it has written and not ended with a new line, and whether its last event is among it."""
+
+    process: int
+    number: int
+    unfinished: bytes = b""
+    ended: bool = False
 
 
 def serve() -> None:
-    """The worker's side: read jobs until standard input ends."""
+    """The worker's side: read requests until standard input ends."""
     prepare_process()
-    import lightsft.comparison.jobs  # noqa: F401  the imports that children inherit
+    from lightsft.comparison import shared
 
+    shared.import_everything()
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing but events may reach the parent's pipe
-    for line in sys.stdin:
-        request = json.loads(line)
-        if FORKS:
-            _run_in_child(request, events)
-        else:
-            _run(request, events)
+    if not FORKS:
+        for line in sys.stdin:
+            _run(json.loads(line), events)
+        return
+    children: dict[int, _Child] = {}
+    for request in _requests(children, events):
+        with _logging_to(Path(request["log"])):
+            shared.hold_for(request["job"], request["arguments"])
+        reading, writing = os.pipe()
+        children[reading] = _Child(_forked(request, writing), request["number"])
+        os.close(writing)
 
 
-def _run_in_child(request: Event, events: IO[str]) -> None:
+def _requests(children: dict[int, _Child], events: IO[str]) -> Iterator[Event]:
+    """Requests as they come; between them, what children write is passed on."""
+    unfinished = b""
+    while True:
+        ready, _, _ = select.select([sys.stdin.fileno(), *children], [], [])
+        for descriptor in ready:
+            if descriptor in children:
+                _pass_on(children, descriptor, events)
+                continue
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                return
+            *lines, unfinished = (unfinished + chunk).split(b"\n")
+            yield from map(json.loads, lines)
+
+
+def _pass_on(children: dict[int, _Child], descriptor: int, events: IO[str]) -> None:
+    """Pass on whole lines of a child; at its end, say so if it has not."""
+    child, chunk = children[descriptor], os.read(descriptor, 1 << 16)
+    *lines, child.unfinished = (child.unfinished + chunk).split(b"\n")
+    for line in lines:
+        child.ended = child.ended or json.loads(line)["event"] in LAST
+        print(line.decode(), file=events)
+    if chunk:
+        return
+    os.close(descriptor)
+    del children[descriptor]
+    _, status = os.waitpid(child.process, 0)
+    if not child.ended:
+        died = {"number": child.number, "event": "died", "status": os.waitstatus_to_exitcode(status)}
+        print(json.dumps(died), file=events)
+
+
+def _forked(request: Event, writing: int) -> int:
+    """The process that runs a request and writes its events to a pipe."""
     child = os.fork()
-    if child == 0:
-        try:
+    if child:
+        return child
+    status = 1
+    try:
+        from lightsft.comparison import shared
+
+        shared.take_share(request["at_once"], request["slot"])
+        with os.fdopen(writing, "w", buffering=1) as events:
             _run(request, events)
-            events.flush()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code != 0:
-        print(json.dumps({"event": "died", "status": code}), file=events)
+        status = 0
+    finally:
+        os._exit(status)
 
 
 def _run(request: Event, events: IO[str]) -> None:
     from lightsft.comparison import jobs
 
     def send(event: Event) -> None:
-        print(json.dumps(event), file=events)
+        print(json.dumps({"number": request["number"], **event}), file=events)
 
     with _logging_to(Path(request["log"])):
-        try:
-            job = getattr(jobs, request["job"])
-            send({"event": "result", "result": job(request["arguments"], send)})
-        except LightsftError as error:
-            kind = type(error).__name__
-            send(
-                {
-                    "event": "error",
-                    "kind": kind,
-                    "found": error.found,
-                    "expected": error.expected,
-                    "todo": error.todo,
-                }
-            )
-        except Exception as error:
-            import traceback
+        send(ended(lambda: getattr(jobs, request["job"])(request["arguments"], send)))
 
-            traceback.print_exc()
-            send({"event": "failed", "message": f"{type(error).__name__}: {error}"})
+
+def ended(run: Callable[[], Any]) -> Event:
+    """The last event of a job: its result, or what it raised."""
+    try:
+        return {"event": "result", "result": run()}
+    except LightsftError as error:
+        said = {"found": error.found, "expected": error.expected, "todo": error.todo}
+        return {"event": "error", "kind": type(error).__name__, **said}
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        return {"event": "failed", "message": f"{type(error).__name__}: {error}"}
 
 
 @contextlib.contextmanager

@@ -5,8 +5,7 @@ import pytest
 from lightsft import registry
 from lightsft.comparison import compare as comparing
 from lightsft.comparison import jobs
-from lightsft.comparison.worker import JobFailed
-from lightsft.errors import LightsftError
+from lightsft.comparison.worker import LAST, ended, result_of
 from tests.comparison import sample_results, strangers
 from tests.comparison.report_pages import report
 from tests.run_fixtures import *  # noqa: F403  fixtures for the tests of this folder
@@ -16,7 +15,7 @@ class InProcess:
     """A worker that runs jobs here: what they take and give still passes through JSON."""
 
     def __init__(self):
-        self.ran = []
+        self.ran, self.events = [], []
 
     def __enter__(self):
         return self
@@ -24,15 +23,25 @@ class InProcess:
     def __exit__(self, *error):
         pass
 
+    def start(self, job, arguments, log):
+        about = arguments.get("spec", {}).get("label"), arguments.get("seed")
+        self.ran.append((job, *about))
+        number = len(self.ran)
+        arguments = json.loads(json.dumps(arguments))
+        event = ended(lambda: getattr(jobs, job)(arguments, lambda event: self.events.append((number, event))))
+        self.events.append((number, json.loads(json.dumps(event))))
+        return number
+
+    def next_event(self):
+        return self.events.pop(0)
+
     def run(self, job, arguments, log, on_event):
-        self.ran.append((job, arguments.get("spec", {}).get("label"), arguments.get("seed")))
-        try:
-            result = getattr(jobs, job)(json.loads(json.dumps(arguments)), on_event)
-        except LightsftError:
-            raise
-        except Exception as error:
-            raise JobFailed(str(error)) from error
-        return json.loads(json.dumps(result))
+        number = self.start(job, arguments, log)
+        about, event = self.next_event()
+        while (about, event["event"] in LAST) != (number, True):
+            on_event(event)
+            about, event = self.next_event()
+        return result_of(event)
 
     def trials(self):
         """(strategy, seed) of every trial that was run."""
@@ -43,7 +52,7 @@ class InProcess:
 def worker(monkeypatch):
     """Comparisons of this test run their jobs in this process."""
     here = InProcess()
-    monkeypatch.setattr(comparing, "Worker", lambda: here)
+    monkeypatch.setattr(comparing, "Worker", lambda at_once: here)
     return here
 
 

@@ -37,7 +37,7 @@ NUMBERS = (
 
 def settings(model, data, out, **changes):
     """A comparison that takes a second per trial."""
-    values = {"model": str(model), "data": str(data), "out": str(out), "strategies": STRATEGIES, "seeds": 2}
+    values = {"model": str(model), "data": str(data), "out": str(out), "strategies": STRATEGIES, "seeds": 2, "tune": 0}
     values |= {"epochs": 2, "learning_rate": 0.02, "max_train_examples": 64, "dtype": "float32"}
     return {**values, **changes}
 
@@ -73,8 +73,8 @@ def test_results_json_holds_what_was_returned(run):
 
 def test_results_have_the_documented_schema(run):
     _, results = run
-    assert results["schema"] == 1
-    assert set(results["baselines"]) == {"untuned", "majority"}
+    assert results["schema"] == 2
+    assert set(results["baselines"]) == {"untuned", "majority", "linear_probe", "tfidf"}
     assert set(results["winner"]) >= {"strategy", "seed", "merged"}
     assert [(t["strategy"], t["seed"]) for t in results["trials"]] == [
         (label, seed) for label in LABELS_OF_STRATEGIES for seed in (0, 1)
@@ -203,8 +203,8 @@ def test_changed_data_is_refused_and_nothing_changes(bert, rows_csv, tmp_path, w
 
 
 def test_results_of_another_schema_are_refused(again):
-    with pytest.raises(OutputError, match="schema 2"):
-        again(lambda results: results.update(schema=2))
+    with pytest.raises(OutputError, match="schema 1"):
+        again(lambda results: results.update(schema=1))
 
 
 def test_damaged_results_are_refused(run, tmp_path, bert, rows_csv):
@@ -247,7 +247,7 @@ def test_the_winner_is_chosen_on_validation_alone(again, monkeypatch, greater_is
 
     asked = []
     monkeypatch.setattr(
-        "lightsft.comparison.compare._Run._merge", lambda self, trial: asked.append((trial["strategy"], trial["seed"]))
+        "lightsft.comparison.finishing._merge", lambda run, trial: asked.append((trial["strategy"], trial["seed"]))
     )
     _, results = again(change)
     assert (results["winner"]["strategy"], results["winner"]["seed"]) == winner
@@ -258,10 +258,10 @@ def test_the_winner_is_chosen_on_validation_alone(again, monkeypatch, greater_is
 
 
 def test_a_merge_that_fails_leaves_the_winner_and_the_report(again, monkeypatch):
-    def refuse(self, trial):
+    def refuse(run, trial):
         raise MergeError("the merged checkpoint differs")
 
-    monkeypatch.setattr("lightsft.comparison.compare._Run._merge", refuse)
+    monkeypatch.setattr("lightsft.comparison.finishing._merge", refuse)
     out, results = again(lambda results: None)
     assert results["winner"]["merged"] is None
     assert "could not be merged: the merged checkpoint differs" in results["winner"]["note"]
@@ -319,7 +319,7 @@ def test_a_training_that_diverges_is_a_failed_trial(bert, rows_csv, tmp_path, wo
     results = compare(**values)
     failed, finished = results["trials"]
     assert (failed["status"], finished["status"]) == ("failed", "finished")
-    assert "diverged" in failed["error"]
+    assert "loss is n" in failed["error"]
     assert results["winner"]["strategy"] == "adapter"
 
 

@@ -23,7 +23,7 @@ def test_findings_are_shown_stored_and_reported_and_looked_for_once(worker, bert
     values = {
         "model": str(bert), "data": str(write_csv(tmp_path / "rows.csv", rows[:60])), "out": str(tmp_path / "out"),
         "test_data": str(write_csv(tmp_path / "test.csv", [rows[4], *rows[60:], rows[7]])),
-        "strategies": "bitfit", "seeds": 2, "epochs": 1, "dtype": "float32",
+        "strategies": "bitfit", "seeds": 2, "tune": 0, "epochs": 1, "dtype": "float32",
     }  # fmt: skip
     calls, real, screen = [], doctor.examine, io.StringIO()
     monkeypatch.setattr(doctor, "examine", lambda *given, **options: calls.append(1) or real(*given, **options))

@@ -28,7 +28,7 @@ def job(worker, bert, rows_csv, tmp_path):
     def run(**changes):
         config = build(RunConfig, settings(bert, rows_csv, tmp_path / "out") | changes)
         events = []
-        arguments = {"config": config.model_dump(mode="json")}
+        arguments = {"config": config.model_dump(mode="json"), "directory": str(tmp_path)}
         return worker.run("start", arguments, tmp_path / "log.txt", events.append), events
 
     return run
@@ -36,8 +36,8 @@ def job(worker, bert, rows_csv, tmp_path):
 
 def test_a_job_returns_its_result_and_sends_events_before(job):
     result, events = job()
-    assert set(result["baselines"]) == {"untuned", "majority"}
-    assert [event["event"] for event in events] == ["stage", "stage"]
+    assert set(result["baselines"]) == {"untuned", "majority", "linear_probe", "tfidf"}
+    assert [event["event"] for event in events] == ["stage", "stage", "stage"]
 
 
 def test_an_error_arrives_with_its_kind_and_its_three_parts(job):
@@ -71,8 +71,8 @@ def test_what_a_job_prints_goes_to_its_log_and_not_between_the_events(worker, be
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_reported_and_the_next_job_gets_a_new_one(worker, job):
     job()
-    os.kill(worker._process.pid, signal.SIGKILL)
-    worker._process.wait()
+    os.kill(worker._processes[0].pid, signal.SIGKILL)
+    worker._processes[0].wait()
     assert job()[0]["baselines"]
 
 
@@ -80,7 +80,7 @@ def test_stopping_leaves_no_process_behind(bert, rows_csv, tmp_path):
     with Worker() as worker:
         with pytest.raises(JobFailed):
             worker.run("start", {}, tmp_path / "log.txt")
-        process = psutil.Process(worker._process.pid)
+        process = psutil.Process(worker._processes[0].pid)
         assert process.is_running()
     assert not process.is_running()
 

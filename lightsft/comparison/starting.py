@@ -1,0 +1,194 @@
+"""Everything that can be wrong with a comparison, before hours are spent on it; and what needs no training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from lightsft import registry
+from lightsft.backbone import Backbone, load_tokenizer
+from lightsft.comparison import search
+from lightsft.comparison.baselines import all_baselines
+from lightsft.comparison.measures.energy import energy_source
+from lightsft.comparison.trial import Send
+from lightsft.config import RunConfig, StrategySpec, build
+from lightsft.data.reading import require_columns
+from lightsft.device import choose_device, dtype_name
+from lightsft.errors import ConfigurationError, LightsftError
+from lightsft.files import write_file
+from lightsft.injection import Strategy
+from lightsft.runs import identity_of
+from lightsft.training.prepared import Prepared, prepare
+from lightsft.training.run import load_backbone, require_positions
+
+FEWEST_EXAMPLES = 30  # of the test split, below which nothing can be concluded
+PACKAGES = (
+    "lightsft", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "scipy", "optuna",
+    "scikit-learn",
+)  # fmt: skip
+
+
+def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """Check data, model and every strategy; score the baselines; say what this machine is.
+
+    arguments: config, and the directory that gets baselines/NAME.npy, the outcomes of each.
+    """
+    config, directory = build(RunConfig, arguments["config"]), Path(arguments["directory"])
+    strategies = [(spec, registry.strategy(spec.name, **spec.options)) for spec in config.strategies]
+    searches = [_search(spec, strategy, config) for spec, strategy in strategies]
+    send({"event": "stage", "stage": "reading the data"})
+    prepared = prepare(config, examined=True)
+    _require_curve(config, prepared)
+    if config.score_by is not None:
+        require_columns(prepared.splits.test, [config.score_by], config.data)
+    send({"event": "stage", "stage": "scoring the baselines"})
+    backbone = load_backbone(config, prepared, None, seed=0)
+    baselines = _baselines(config, prepared, backbone, directory)
+    sketch = backbone.sketch()
+    send({"event": "stage", "stage": "trying the strategies"})
+    skipped = _skipped(config, prepared, backbone, strategies)
+    if len(skipped) == len(strategies):
+        raise ConfigurationError(
+            f"no strategy can run: {'; '.join(one['strategy'] + ': ' + one['reason'] for one in skipped)}",
+            expected="at least one that can",
+            todo="lightsft strategies lists them",
+        )
+    left_out = {one["strategy"] for one in skipped}
+    splits = prepared.splits.named()
+    tokenizer = load_tokenizer(config.model, config.task.name)
+    return {
+        "baselines": baselines,
+        "skipped": skipped,
+        "search": [one for one in searches if one["strategy"] not in left_out] if config.tune else [],
+        "warnings": _warnings(config, prepared),
+        "margins": {"resolve": config.resolve, "margin": config.margin},
+        "task_settings": prepared.task.describe(),
+        "data": _data(config, prepared),
+        "metric": prepared.metric,
+        "greater_is_better": prepared.task.greater_is_better(prepared.metric),
+        "unit": prepared.task.unit(prepared.metric).as_json(),
+        "hashes": {
+            "data": identity_of(config.model_dump(mode="json"))["data_sha256"],
+            "splits": {name: _hash([prepared.task.key(row) for row in rows]) for name, rows in splits.items()},
+            "model": _hash(sketch),
+        },
+        "previews": {name: prepared.task.preview(rows[0], tokenizer) for name, rows in splits.items()},
+        "machine": _machine(config, backbone),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def _search(spec: StrategySpec, strategy: Strategy, config: RunConfig) -> dict[str, Any]:
+    """The record of a search that has no trials yet."""
+    space = search.space_of(spec, strategy, config)
+    default = search.defaults(spec, strategy, config, space)
+    return {"strategy": spec.label, "space": space, "default": default, "seed": search.SEED, "trials": []}
+
+
+def _require_curve(config: RunConfig, prepared: Prepared) -> None:
+    """A few examples per class need classes, and a class needs as many."""
+    if config.few_shot_curve and not any(prepared.task.classes(row) for row in prepared.splits.train):
+        raise ConfigurationError(
+            f"few_shot_curve={','.join(map(str, config.few_shot_curve))}, and the rows of {prepared.task.name} have no "
+            "classes",
+            expected="a task with labels",
+            todo="leave --few-shot-curve out",
+        )
+
+
+def _baselines(config: RunConfig, prepared: Prepared, backbone: Backbone, directory: Path) -> dict[str, Any]:
+    task = prepared.task
+    found = all_baselines(task, prepared.splits, backbone, config.evaluation_batch_size, prepared.metric)
+    for name, one in found.items():
+        write_file(directory / "baselines" / f"{name}.npy", lambda path, rows=one.test: _save(path, rows))  # type: ignore[misc]
+    return {
+        name: {
+            "validation": task.metrics(one.validation),
+            "test": task.metrics(one.test),
+            "about": one.about,
+            "seconds": one.seconds,
+            "outcomes": f"baselines/{name}.npy",
+        }
+        for name, one in found.items()
+    }
+
+
+def _save(path: Path, rows: np.ndarray[Any, Any]) -> None:
+    with path.open("wb") as file:
+        np.save(file, rows)
+
+
+def _skipped(
+    config: RunConfig, prepared: Prepared, backbone: Backbone, strategies: Sequence[tuple[StrategySpec, Strategy]]
+) -> list[dict[str, str]]:
+    """The strategies that this backbone refuses, and why."""
+    found = []
+    for spec, strategy in strategies:
+        try:
+            require_positions(config, prepared, backbone, strategy)
+            strategy.inject(backbone, seed=0).eject()
+        except LightsftError as error:
+            found.append({"strategy": spec.label, "reason": str(error)})
+            backbone = load_backbone(config, prepared, None, seed=0)  # whatever it had placed before it was refused
+    return found
+
+
+def _warnings(config: RunConfig, prepared: Prepared) -> list[str]:
+    """What limits conclusions, whatever the scores will be."""
+    test, task = prepared.splits.test, prepared.task
+    found = []
+    if len(test) < FEWEST_EXAMPLES:
+        found.append(
+            f"The test split has {len(test)} examples: nothing can be concluded from it. With {FEWEST_EXAMPLES} to "
+            "some hundred, only large differences show."
+        )
+    if len({task.classes(row) for row in test}) == 1 and any(task.classes(row) for row in test):
+        found.append(
+            f"Every test example is of the class {', '.join(task.classes(test[0]))}: nothing can be concluded from the "
+            "test split."
+        )
+    if config.seeds == 1:
+        found.append("One seed each: nothing is known of how far another seed would move a score.")
+    if config.tune == 0:
+        found.append(
+            "Nothing was tuned: every strategy ran with its default setting, which may suit some of them better."
+        )
+    return found
+
+
+def _data(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    return {
+        **{name: len(rows) for name, rows in prepared.splits.named().items()},
+        "labels": list(getattr(prepared.task, "labels", ())),
+        "notes": prepared.lines(),
+        "dropped": prepared.dropped,
+        "findings": [finding.as_json() for finding in prepared.findings],
+        "finding_lines": prepared.finding_lines(),
+        "source": config.data,
+        **({"groups": {"column": config.score_by}} if config.score_by else {}),
+    }
+
+
+def _machine(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
+    device = choose_device(config.device)
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": str(device),
+        "dtype": dtype_name(backbone.compute_dtype),
+        "energy": energy_source(device),
+        **({} if backbone.quantization is None else {"quantization": backbone.quantization}),
+    }
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
