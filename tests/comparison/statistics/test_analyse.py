@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from lightsft.comparison.statistics import Measured, analyse
+from lightsft.comparison.statistics.non_inferiority import non_inferior
+from lightsft.comparison.statistics.paired import Difference
 from lightsft.comparison.statistics.power import power
+from lightsft.comparison.statistics.variance import Variance
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.metrics.units import NO_UNIT, POINTS, Unit
 from lightsft.tasks import task
@@ -142,6 +145,14 @@ def test_the_cheapest_is_looked_for_among_those_within_the_margin():
         found(measured, margin=1e-4).non_inferior.verdict
         == "no other strategy is shown to be within 0.01 points of full"
     )
+
+
+def test_the_tests_of_the_margin_are_corrected_for_their_number():
+    parts = Variance((), 1.0, 1_000_000)
+    gaps = [Difference(label, "best", 1.8, parts, None, 1.0, None, None) for label in "abc"]  # one-sided p = 0.036
+    measured = [answers(label, 0.5) for label in ("best", "a", "b", "c")]
+    assert non_inferior(gaps[:1], "best", 0.0, measured).within == ("best", "a")
+    assert non_inferior(gaps, "best", 0.0, measured).within == ("best",)
 
 
 def test_the_test_of_the_margin_is_one_sided():
