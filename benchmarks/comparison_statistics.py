@@ -1,7 +1,7 @@
 """How often the statistics of a comparison are wrong, beside simpler ones: python -m benchmarks.comparison_statistics
 
 Simulated comparisons (tests/comparison/statistics/simulations.py), 1,000 for each line; every family of tests is
-corrected by Holm at 5 %. Then the time of one analysis of 6 strategies with 5 seeds and 600 examples.
+corrected by Holm at 5 %. Then the processor time of one analysis of 6 strategies with 5 seeds and 600 examples.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ def seconds() -> None:
             said = np.where(rows == 1, truth, 1 - truth)
             outcomes = [np.column_stack([0.9 - 0.8 * one, 0.1 + 0.8 * one, truth]) for one in said]
             measured.append(Measured(str(label), tuple(range(5)), outcomes, partial(classes.score, metric=metric)))
-        began = time.perf_counter()
+        began = time.process_time()
         analyse(measured, best="0", unit=classes.unit(metric))
-        print(f"{metric}: {time.perf_counter() - began:.1f} s for 6 strategies x 5 seeds x 600 examples")
+        print(f"{metric}: {time.process_time() - began:.1f} s for 6 strategies x 5 seeds x 600 examples")
 
 
 if __name__ == "__main__":
