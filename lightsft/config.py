@@ -371,10 +371,10 @@ class RunConfig(TrainConfig):
     """Validation score whose time to be reached is reported."""
     score_by: str | None = None
     """Column whose values get scores of their own."""
-    margin: Positive = 0.01
-    """How far behind the best a strategy may be to be as good, in units of the metric: 0.01 of accuracy is a point."""
-    resolve: Positive = 0.005
-    """Difference that would matter, in units of the metric: for it the seeds are stated that it takes to see it."""
+    margin: Positive | None = None
+    """How far behind the best a strategy may be to be as good, in the metric's units; by default a point, 0.01."""
+    resolve: Positive | None = None
+    """Difference that would matter: the seeds that it takes to see it are stated; by default half a point, 0.005."""
     few_shot_curve: Annotated[tuple[Count, ...], BeforeValidator(_counts)] = ()
     """Train on so many examples per class as well, comma-separated: 1,4,16."""
     robustness: bool = True

