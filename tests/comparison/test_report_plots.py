@@ -10,9 +10,17 @@ from lightsft.comparison.report import calibration, curves, drawing, pareto, sea
 from lightsft.comparison.report.axes import logarithmic_axis
 from tests.comparison.report_pages import comparison, markdown_tables, report, row, summary_names, trial
 
+NEAR = {"untuned": {"test": {"accuracy": 0.64}}, "majority": {"test": {"accuracy": 0.65}}}
+
+
+def test_a_baseline_far_away_is_told_and_not_drawn(tmp_path: Path) -> None:
+    _, html, page = report(comparison(), tmp_path)
+    assert "The strongest baseline, majority, has 0.452: too far away to be drawn." in page.text
+    assert ">majority</text>" not in html
+
 
 def test_the_plots_show_strategies_and_baselines_and_follow_the_theme(tmp_path: Path) -> None:
-    _, html, page = report(comparison(), tmp_path)
+    _, html, page = report(comparison(baselines=NEAR), tmp_path)
     plots = re.findall(r'<svg viewBox.*?role="img" aria-label="([^"]*)">(.*?)</svg>', html, flags=re.DOTALL)
     assert [title for title, _ in plots] == [
         "Test accuracy against trainable parameters (log scale)",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightsft.comparison.report import beyond
+from lightsft.comparison.report import beyond, pairwise
 from lightsft.comparison.report.costs import cost_table
 from tests.comparison.report_pages import Page, chat, comparison, failed, markdown_tables, report, row, trial
 from tests.comparison.sample_results import sample
@@ -179,3 +179,15 @@ def test_every_trial_of_the_search_is_listed_with_why_it_failed(sample_report) -
     assert "search 4" in markdown
     spaces = table_of(page, "space")
     assert spaces[1][1] == "learning rate: 1e-05 to 0.03 (log)rank: 8, 16, 32"
+
+
+def test_of_many_comparisons_those_of_the_winner_are_shown_at_once() -> None:
+    names = ["adapter", *(f"s{number}" for number in range(6))]
+    pairs = [{"first": a, "second": b} for number, a in enumerate(names) for b in names[:number]]
+    shown, rest = pairwise.split_by_winner(comparison(comparisons=pairs))
+    assert len(shown) == 6
+    assert len(rest) == 15
+    assert all("adapter" in one.values() for one in shown)
+    few = [one for one in pairs if "s5" not in one.values()]
+    assert [len(part) for part in pairwise.split_by_winner(comparison(comparisons=few))] == [15, 0]
+    assert [len(part) for part in pairwise.split_by_winner(comparison(comparisons=pairs, winner=None))] == [21, 0]

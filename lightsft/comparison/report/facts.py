@@ -118,3 +118,8 @@ def hashes(results: Results) -> list[tuple[str, str]]:
         inside = value.items() if isinstance(value, dict) else [("", value)]
         rows += [(f"{name} {key}".strip(), str(one)) for key, one in inside]
     return rows
+
+
+def label_width(results: Results) -> int:
+    """Letters of the longest label, at most 24: how wide the tables' first column should be."""
+    return min(24, max((len(str(trial["strategy"])) for trial in results["trials"]), default=8))

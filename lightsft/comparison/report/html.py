@@ -79,14 +79,17 @@ def _first_screen(results: Results) -> dict[str, Any]:
 
 
 def _tables(results: Results) -> dict[str, Any]:
+    pairs, others = pairwise.split_by_winner(results)
     return {
         "baselines": facts.baselines(results),
         "bars": bars.score_bars(results),
         "bar_width": bars.WIDTH,
+        "label_width": facts.label_width(results),
         "without_result": facts.without_result(results),
         "interval_meaning": facts.interval_meaning(results),
-        "pairs": pairwise.table(results, pairwise.against_strategies(results)),
-        "against": pairwise.table(results, pairwise.against_baselines(results)),
+        "pairs": pairwise.table(pairs),
+        "others": pairwise.table(others),
+        "against": pairwise.table(pairwise.against_baselines(results)),
         "non_inferior_rows": pairwise.non_inferior_rows(results),
         "interval_words": partial(pairwise.interval_words, results),
         "signed": partial(wording.signed, results),

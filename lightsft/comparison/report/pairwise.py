@@ -9,6 +9,7 @@ from lightsft.comparison.report.bars import difference_bars
 from lightsft.comparison.report.facts import baselines
 from lightsft.comparison.report.wording import Results, baseline_words, is_number, signed, words
 
+AT_ONCE = 15  # comparisons: all of six strategies
 OPTIONAL = {  # columns that are left out where no comparison has a value
     "p_adjusted": "adjusted p",
     "effect_size": "effect size (g)",
@@ -29,14 +30,24 @@ def against_baselines(results: Results) -> list[Results]:
     return [one for one in results.get("comparisons") or [] if one.get("against") == "baseline"]
 
 
-def table(results: Results, comparisons: Sequence[Results]) -> dict[str, Any]:
-    """The rows with their bars, and the columns that have values; the winner's comparisons come first."""
+def split_by_winner(results: Results) -> tuple[list[Results], list[Results]]:
+    """Comparisons of strategies that are shown at once, and the rest.
+
+    All at once where they are few; of many, those of the winner.
+    """
     winner = (results.get("winner") or {}).get("strategy")
-    ordered = sorted(comparisons, key=lambda one: winner not in (one.get("first"), one.get("second")))
-    columns = [name for name in OPTIONAL if any(is_number(one.get(name)) for one in ordered)]
-    bars = difference_bars(ordered)
+    pairs = against_strategies(results)
+    of_winner = [one for one in pairs if winner in (one.get("first"), one.get("second"))]
+    rest = [one for one in pairs if winner not in (one.get("first"), one.get("second"))]
+    return (of_winner, rest) if of_winner and len(pairs) > AT_ONCE else ([*of_winner, *rest], [])
+
+
+def table(comparisons: Sequence[Results]) -> dict[str, Any]:
+    """The rows with their bars, and the columns that have values."""
+    columns = [name for name in OPTIONAL if any(is_number(one.get(name)) for one in comparisons)]
+    bars = difference_bars(comparisons)
     return {
-        "rows": [{**one, "bar": bar} for one, bar in zip(ordered, bars, strict=True)],
+        "rows": [{**one, "bar": bar} for one, bar in zip(comparisons, bars, strict=True)],
         "columns": [(name, OPTIONAL[name]) for name in columns],
     }
 

@@ -87,6 +87,8 @@ def _plot(results: Results, cost: Cost) -> dict[str, Any] | None:
         "choice": cost.name,
         "svg": svg(_layers(results, points, best, axis, cost.title(logarithmic)), title),
         "front": [points[number]["name"] for number in best],
+        "dominated": len(points) - len(best),
+        "baselines": [words(name) for name in _near_baselines(results)],
         "numbered": not named,
         "missing": len(results["summary"]) - len(points),
     }
@@ -97,8 +99,24 @@ def _vertical(row: Results) -> dict[str, float]:
     return {"score": row["score"], "low": low, "high": high}
 
 
+def _near_baselines(results: Results) -> dict[str, float]:
+    """The two strongest baselines, where they stand so near that drawing them leaves the strategies apart.
+
+    Near is within one height of what the strategies and their intervals take.
+    """
+    values = score_values(results)
+    height = max(values) - min(values) or abs(max(values))
+    scored = {name: baseline_score(results, scores, "test") for name, scores in baselines(results)}
+    strongest = baseline_values(results)[:2]
+    return {
+        name: value
+        for name, value in scored.items()
+        if value in strongest and min(values) - height <= value <= max(values) + height
+    }
+
+
 def _domain(results: Results) -> tuple[float, float]:
-    return span([*score_values(results), *baseline_values(results)[:2]])
+    return span([*score_values(results), *_near_baselines(results).values()])
 
 
 def _layers(
@@ -135,20 +153,14 @@ def _layers(
 
 
 def _baseline_lines(results: Results) -> list[dict[str, Any]]:
-    """The two strongest baselines' lines with their names above, at the right and left end in turn.
-
-    Weaker ones would push the strategies together; the tables have them.
-    """
+    """The near baselines' lines with their names above, at the right and left end in turn."""
     low, high = _domain(results)
     to_pixel = Scale(low, high, HEIGHT, 0)
-    scored = [(name, baseline_score(results, scores, "test")) for name, scores in baselines(results)]
-    drawn = baseline_values(results)[:2]
-    known = [(name, value) for name, value in scored if is_number(value) and value in drawn]
     ends = [("right", WIDTH - 2), ("left", 2)]
     return [
         {"label": words(name), "score": value, "align": ends[index % 2][0], "label_x": ends[index % 2][1]}
         | {"label_y": to_pixel(value) - 7}
-        for index, (name, value) in enumerate(known)
+        for index, (name, value) in enumerate(_near_baselines(results).items())
     ]
 
 
