@@ -187,7 +187,16 @@ def test_many_strategies_are_told_apart_by_dashes() -> None:
     assert len(looks) == 20
 
 
-def test_small_values_on_a_log_axis_are_written_as_powers() -> None:
-    axis = logarithmic_axis([1e-5, 3e-4])
-    assert axis.places == pytest.approx((-5.0, np.log10(3e-4)))
-    assert ".0e" in axis.ticks["labelExpr"]
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [((1e-5, 3e-4), ["1e-5", "1e-4"]), ((0.1, 80), ["0.1", "1", "10"]), ((5e4, 2e7), ["100k", "10M"])],
+)
+def test_ticks_of_a_log_axis_are_written_so_that_they_can_be_read(
+    values: tuple[float, float], shown: list[str]
+) -> None:
+    axis = logarithmic_axis(values)
+    assert axis.places == pytest.approx(np.log10(values))
+    points = {"data": {"values": [{"x": place, "y": 1} for place in axis.places]}, "mark": "point"}
+    drawn = drawing.svg([points | {"encoding": {"x": axis.encoding("x", "cost")}}], "a plot")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+    assert set(shown) <= set(texts), texts

@@ -37,11 +37,10 @@ def logarithmic_axis(values: Sequence[float]) -> Axis:
     zero = math.floor(min(powers)) - 1
     places = tuple(math.log10(value) if value > 0 else float(zero) for value in values)
     low, high = min(places) - 0.3, max(places) + 0.3
-    small = max(powers) < 0
+    below_one = ".0e" if min(powers) < -3 else "~g"  # 1e-5, or 0.1
     number = (
-        "replace(format(pow(10, datum.value), '.0e'), '+', '')"
-        if small
-        else "replace(format(pow(10, datum.value), '.1~s'), 'G', 'B')"
+        f"datum.value < 0 ? replace(format(pow(10, datum.value), '{below_one}'), '+', '')"
+        " : replace(format(pow(10, datum.value), '.1~s'), 'G', 'B')"
     )
     label = f"datum.value == {zero} ? '0' : {number}" if low < zero else number
     ticks = _ticks(low, high, zero if low < zero else None)
