@@ -48,7 +48,8 @@ def join(runs: Sequence[Run]) -> dict[str, Any]:
             for (_, results), label in zip(runs, labels, strict=True)
             for one in results.get(key) or []
         ]
-    together["trials"], repeated = _trials(runs, names, labels)
+    together["trials"], repeated = _trials("trials", runs, names, labels)
+    together["few_shot_trials"], _ = _trials("few_shot_trials", runs, names, labels)
     together["baselines"] = _baselines(runs, names)
     warnings = [text for _, results in runs for text in results.get("warnings") or []]
     together["warnings"] = [*dict.fromkeys(warnings), *repeated, *_differences(runs)]
@@ -133,20 +134,21 @@ def _model(results: Mapping[str, Any]) -> str:
 
 
 def _trials(
-    runs: Sequence[Run], names: Sequence[str], labels: Sequence[Callable[[str], str]]
+    part: str, runs: Sequence[Run], names: Sequence[str], labels: Sequence[Callable[[str], str]]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """All trials, each strategy's together; and what to say of those that two runs have."""
-    kept: dict[tuple[str, Any], dict[str, Any]] = {}
+    """All trials of a part, each strategy's together; and what to say of those that two runs have."""
+    kept: dict[tuple[str, Any, Any], dict[str, Any]] = {}
     repeated: dict[str, list[str]] = {}
     for (_, results), name, label in zip(runs, names, labels, strict=True):
-        for trial in results["trials"]:
+        for trial in results.get(part) or []:
             one = {**trial, "strategy": label(trial["strategy"]), "run": name}
-            known = kept.get((one["strategy"], one.get("seed")))
+            which = (one["strategy"], one.get("shots"), one.get("seed"))
+            known = kept.get(which)
             if known is None or (known["status"] != "finished" and one["status"] == "finished"):
-                kept[one["strategy"], one.get("seed")] = one
+                kept[which] = one
             elif one["status"] == "finished":
                 repeated.setdefault(name, []).append(f"{one['strategy']} seed {one.get('seed')}")
-    order = list(dict.fromkeys(strategy for strategy, _ in kept))
+    order = list(dict.fromkeys(strategy for strategy, _, _ in kept))
     trials = sorted(kept.values(), key=lambda one: (order.index(one["strategy"]), one.get("seed") or 0))
     said = [f"{', '.join(which)} of {name}: left out, an earlier run has the same" for name, which in repeated.items()]
     return trials, said

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightsft.comparison.joining import join, run_names
 from lightsft.comparison.report import write_report
+from lightsft.comparison.report.facts import best_trial
 from lightsft.comparison.schema import check, read_results
 from lightsft.errors import ConfigurationError
 from lightsft.files import new_folder, write_json
@@ -57,15 +58,32 @@ def _summarised(joined: dict[str, Any], folders: dict[str, Path], folder: Path) 
     if isinstance(examples, dict):
         write_json(folder / "examples.json", examples)
         results["examples"] = "examples.json"
-    return results
+    return results | {"winner": _winner(results)}
+
+
+def _winner(results: dict[str, Any]) -> dict[str, Any] | None:
+    """The first of the summary and its best seed on validation; nothing is merged anew."""
+    best = best_trial(results, results["summary"][0]["strategy"]) if results.get("summary") else None
+    if best is None:
+        return None
+    note = "To merge it: lightsft merge, with its folder."
+    return {key: best.get(key) for key in ("strategy", "seed", "adapter")} | {"merged": None, "note": note}
 
 
 def _move_paths(results: dict[str, Any], folders: dict[str, Path], out: Path) -> None:
     """Make paths below the runs' folders paths below `out`."""
+    winner = results.get("winner")
+    if winner:
+        won = best_trial(results, winner["strategy"]) or {}
+        winner["adapter"] = _moved(won.get("adapter"), folders.get(won.get("run", "")), out)
     for one, key in [
-        *((trial, "adapter") for trial in results["trials"]),
+        *((trial, "adapter") for part in ("trials", "few_shot_trials") for trial in results.get(part) or []),
         *((baseline, "outcomes") for baseline in (results.get("baselines") or {}).values()),
     ]:
-        if one.get(key) and one.get("run") in folders:
-            place = folders[one["run"]].resolve() / one[key]
-            one[key] = Path(os.path.relpath(place, out.resolve())).as_posix()
+        one[key] = _moved(one.get(key), folders.get(one.get("run") or ""), out)
+
+
+def _moved(path: str | None, folder: Path | None, out: Path) -> str | None:
+    if path is None or folder is None:
+        return path
+    return Path(os.path.relpath(folder.resolve() / path, out.resolve())).as_posix()

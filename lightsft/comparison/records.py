@@ -179,6 +179,8 @@ class Trial(Record):
     """Decides new weights, the order of the rows and dropout."""
     status: Literal["finished", "failed", "pending"]
     """Whether it ended well."""
+    shots: int | None = None
+    """Of few_shot_trials: training examples per class."""
     run: str | None = None
     """In joined results: the name of the folder that it comes from."""
     error: str | None = None

@@ -62,6 +62,12 @@ class ResultsFile(Record):
     """The search of each strategy; empty where settings were not searched for."""
     trials: list[Trial]
     """Strategies times seeds."""
+    few_shot_trials: list[Trial] | None = None
+    """The same with fewer training examples, for the few-shot curve."""
+    task_settings: dict[str, Any] | None = None
+    """The task with all that was found in the data: columns, labels, options."""
+    margins: dict[str, float | None] | None = None
+    """`resolve`: the difference that seeds_needed is for; `margin`: how much worse is good enough."""
     summary: list[SummaryRow] | None = None
     """A row per strategy, best validation score first."""
     comparisons: list[Comparison] | None = None

@@ -64,7 +64,7 @@ def sample() -> tuple[dict[str, Any], dict[str, Any]]:
         "model": "models/all-MiniLM-L6-v2",
         "command": "lightsft compare --model models/all-MiniLM-L6-v2 --data reviews.csv --text review --label stars"
         " --strategies 'lora(rank=16),full,adapter,ia3,prefix,vera' --tune 8 --seeds 5 --out runs/reviews",
-        "config": {"model": "models/all-MiniLM-L6-v2", "epochs": 3.0, "batch_size": 16, "tune": 8, "target": 0.8}
+        "config": {"model": "models/all-MiniLM-L6-v2", "epochs": 3.0, "batch_size": 16, "tune": 8, "score_target": 0.8}
         | {"strategies": [{"name": kind.label.split("(")[0], "label": kind.label} for kind in KINDS]},
         "metric": "accuracy",
         "greater_is_better": True,

@@ -67,6 +67,14 @@ def test_a_trial_that_both_have_is_taken_from_the_first_and_said() -> None:
     assert together["warnings"] == ["lora seed 0 of b: left out, an earlier run has the same"]
 
 
+def test_trials_with_fewer_examples_are_joined_by_their_number_too() -> None:
+    runs = [results("lora"), results("lora", seeds=1)]
+    for run, shots in zip(runs, ((8, 16), (16, 32)), strict=True):
+        run["few_shot_trials"] = [{**trial("lora", 0, 0.6), "shots": number} for number in shots]
+    found = joined(*runs)["few_shot_trials"]
+    assert [(one["shots"], one["run"]) for one in found] == [(8, "a"), (16, "a"), (32, "b")]
+
+
 def test_a_failed_trial_gives_way_to_a_finished_one() -> None:
     first = results("lora", seeds=1)
     first["trials"][0] |= failed("lora", "killed")
@@ -184,7 +192,10 @@ def test_joined_runs_have_a_folder_with_results_examples_and_report(tmp_path: Pa
     found = json.loads((out / "results.json").read_text())
     assert found["examples"] == "examples.json"
     assert all((out / trial["adapter"]).is_dir() for trial in found["trials"])  # paths are below the new folder
+    assert found["winner"]["strategy"] == "lora"
+    assert (out / found["winner"]["adapter"]).resolve() == (one / found["winner"]["adapter"].split("one/")[1]).resolve()
     page = Page(html.read_text(encoding="utf-8"))
+    assert "lora won on validation" in page.text
     assert "4 of 4 trials finished" in page.text
     assert "a text" in page.text
 

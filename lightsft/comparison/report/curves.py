@@ -50,7 +50,7 @@ def _plot(results: Results, height: str, along: str, choice: str) -> dict[str, A
 
 def target_score(results: Results) -> float | None:
     """The score whose time was taken, if there is one."""
-    target = (results.get("config") or {}).get("target")
+    target = (results.get("config") or {}).get("score_target")
     return target if is_number(target) else None
 
 
