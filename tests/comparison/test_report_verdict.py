@@ -142,3 +142,17 @@ def test_many_names_are_cut_to_the_first_few() -> None:
     assert verdict.listed(["a"]) == "a"
     assert verdict.listed(["a", "b", "c"]) == "a, b and c"
     assert verdict.listed([*"abcdefg"]) == "a, b, c, d and 3 more"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "end"),
+    [
+        ("better", "0.720 for TF-IDF + logistic regression."),
+        ("undecided", "0.720 for TF-IDF + logistic regression, and is not shown to be better."),
+        ("worse", "0.720 for TF-IDF + logistic regression, which is better, so tuning did not pay."),
+    ],
+)
+def test_a_comparison_with_the_baseline_decides_more_than_the_interval(outcome: str, end: str) -> None:
+    baselines = {"tfidf": {"test": {"accuracy": 0.72}, "validation": None}}
+    pairs = [compared("adapter", "tfidf", outcome, "baseline")]
+    assert verdict.verdict(comparison(baselines=baselines, comparisons=pairs)).endswith(end)

@@ -37,8 +37,8 @@ def split_by_winner(results: Results) -> tuple[list[Results], list[Results]]:
     """
     winner = (results.get("winner") or {}).get("strategy")
     pairs = against_strategies(results)
-    of_winner = [one for one in pairs if winner in (one.get("first"), one.get("second"))]
-    rest = [one for one in pairs if winner not in (one.get("first"), one.get("second"))]
+    of_winner = [one for one in pairs if winner in _both(one)]
+    rest = [one for one in pairs if winner not in _both(one)]
     return (of_winner, rest) if of_winner and len(pairs) > AT_ONCE else ([*of_winner, *rest], [])
 
 
@@ -74,6 +74,16 @@ def outcomes_of(results: Results, strategy: str) -> dict[str, list[str]]:
     return found
 
 
+def outcome_against(results: Results, strategy: str, baseline: str) -> str | None:
+    """How a strategy did against a baseline; None where they were not compared."""
+    rows = [_against(one, baseline) for one in against_baselines(results) if baseline in _both(one)]
+    return next((outcome for name, outcome in rows if name == strategy), None)
+
+
+def _both(one: Results) -> tuple[Any, Any]:
+    return one.get("first"), one.get("second")
+
+
 def unbeaten_baselines(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
     """For each baseline the strategies that are not shown to beat it, with how they did: undecided or worse.
 
@@ -82,8 +92,8 @@ def unbeaten_baselines(results: Results) -> list[tuple[str, list[tuple[str, str]
     compared = against_baselines(results)
     found = []
     for name, scores in baselines(results):
-        if any(name in (one.get("first"), one.get("second")) for one in compared):
-            rows = [_against(one, name) for one in compared if name in (one.get("first"), one.get("second"))]
+        if any(name in _both(one) for one in compared):
+            rows = [_against(one, name) for one in compared if name in _both(one)]
         else:
             rows = [_by_interval(results, row, scores) for row in results["summary"]]
         lost = [(strategy, outcome) for strategy, outcome in rows if outcome != "better"]

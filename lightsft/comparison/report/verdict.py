@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightsft.comparison.report.facts import best_baseline, progress, winning_row
-from lightsft.comparison.report.pairwise import outcomes_of
+from lightsft.comparison.report.pairwise import outcome_against, outcomes_of
 from lightsft.comparison.report.wording import Results, baseline_words, is_number, score, words
 
 
@@ -32,6 +32,10 @@ def _against_baseline(results: Results, row: Results) -> str:
         return ""
     name, value = baseline
     text = f" against {score(value)} for {baseline_words(name)}"
+    compared = outcome_against(results, row["strategy"], name)
+    if compared is not None:
+        ends = {"undecided": ", and is not shown to be better", "worse": ", which is better, so tuning did not pay"}
+        return text + ends.get(compared, "")
     low, high = row.get("interval") or (row["score"], row["score"])
     if low <= value <= high:
         return text + ", which lies inside that interval, so there is no clear gain"
