@@ -200,3 +200,15 @@ def test_ticks_of_a_log_axis_are_written_so_that_they_can_be_read(
     drawn = drawing.svg([points | {"encoding": {"x": axis.encoding("x", "cost")}}], "a plot")
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
     assert set(shown) <= set(texts), texts
+
+
+def test_the_name_of_a_baseline_stands_where_no_interval_crosses_it() -> None:
+    results = comparison(baselines={"untuned": {"test": {"accuracy": 0.7}}})
+    y = 100.0
+    left, right = [(15.0, y, 0.0, 230.0)], [(315.0, y, 0.0, 230.0)]
+    assert pareto._baseline_lines(results, left)[0]["align"] == "right"
+    assert pareto._baseline_lines(results, right)[0]["align"] == "left"
+    marks = [(20.0, 100.0, 50.0, 150.0)]
+    assert pareto._crossings((0, 90, 60, 104), marks) == 1
+    assert pareto._crossings((270, 90, 328, 104), marks) == 0
+    assert pareto._crossings((0, 30, 60, 44), marks) == 0

@@ -11,7 +11,7 @@ from lightsft.comparison.report.axes import Axis, linear_axis, logarithmic_axis
 from lightsft.comparison.report.drawing import ACCENT, HEIGHT, INK, MARK, MUTED, WIDTH, plain_color, quantitative, svg
 from lightsft.comparison.report.drawing import text_layer as texts
 from lightsft.comparison.report.facts import baseline_score, baseline_values, baselines, score_values, span
-from lightsft.comparison.report.labels import Box, Mark, label_box, place_labels
+from lightsft.comparison.report.labels import Box, Mark, Place, label_box, place_labels
 from lightsft.comparison.report.scale import Scale
 from lightsft.comparison.report.wording import Results, is_number, words
 
@@ -80,12 +80,14 @@ def _plot(results: Results, cost: Cost) -> dict[str, Any] | None:
     best = front(values, [point["score"] for point in points], greater_is_better=results["greater_is_better"])
     for number, (point, place) in enumerate(zip(points, axis.places, strict=True)):
         point |= {"x": place, "front": number in best, "color": ACCENT if number in best else MUTED}
-    named = _label(results, points, best, axis)
+    marks = _marks(results, points, axis)
+    lines = _baseline_lines(results, marks)
+    named = _label(points, marks, lines, best)
     title = f"Test {words(results['metric'])} against {cost.title(logarithmic)}"
     return {
         "title": title,
         "choice": cost.name,
-        "svg": svg(_layers(results, points, best, axis, cost.title(logarithmic)), title),
+        "svg": svg(_layers(results, points, lines, best, axis, cost.title(logarithmic)), title),
         "front": [points[number]["name"] for number in best],
         "dominated": len(points) - len(best),
         "baselines": [words(name) for name in _near_baselines(results)],
@@ -120,7 +122,12 @@ def _domain(results: Results) -> tuple[float, float]:
 
 
 def _layers(
-    results: Results, points: list[dict[str, Any]], best: Sequence[int], axis: Axis, title: str
+    results: Results,
+    points: list[dict[str, Any]],
+    lines: list[dict[str, Any]],
+    best: Sequence[int],
+    axis: Axis,
+    title: str,
 ) -> list[dict[str, Any]]:
     """Baselines, the front as steps, interval bars, points, names."""
     low, high = _domain(results)
@@ -133,7 +140,7 @@ def _layers(
     stepped = {"type": "line", "interpolate": "step-after", "color": ACCENT, "strokeWidth": 1.5}
     return [
         {
-            "data": {"values": _baseline_lines(results)},
+            "data": {"values": lines},
             "layer": [
                 {"mark": {"type": "rule", "strokeDash": [5, 4], "color": MARK}, "encoding": {"y": y}},
                 texts(MARK, italic=True),
@@ -152,23 +159,33 @@ def _layers(
     ]
 
 
-def _baseline_lines(results: Results) -> list[dict[str, Any]]:
-    """The near baselines' lines with their names above, at the right and left end in turn."""
-    low, high = _domain(results)
-    to_pixel = Scale(low, high, HEIGHT, 0)
-    ends = [("right", WIDTH - 2), ("left", 2)]
-    return [
-        {"label": words(name), "score": value, "align": ends[index % 2][0], "label_x": ends[index % 2][1]}
-        | {"label_y": to_pixel(value) - 7}
-        for index, (name, value) in enumerate(_near_baselines(results).items())
-    ]
-
-
-def _label(results: Results, points: list[dict[str, Any]], best: Sequence[int], axis: Axis) -> bool:
-    """Give every point a label beside it; returns whether names fitted, or numbers had to do."""
+def _marks(results: Results, points: list[dict[str, Any]], axis: Axis) -> list[Mark]:
     to_x, to_y = Scale(axis.low, axis.high, 0, WIDTH), Scale(*_domain(results), HEIGHT, 0)
-    marks = [(to_x(p["x"]), to_y(p["score"]), to_y(p["high"]), to_y(p["low"])) for p in points]
-    lines = _baseline_lines(results)
+    return [(to_x(p["x"]), to_y(p["score"]), to_y(p["high"]), to_y(p["low"])) for p in points]
+
+
+def _baseline_lines(results: Results, marks: Sequence[Mark]) -> list[dict[str, Any]]:
+    """The near baselines' lines with their names above, at the end where fewer intervals cross the name."""
+    to_pixel = Scale(*_domain(results), HEIGHT, 0)
+    lines = []
+    for index, (name, value) in enumerate(_near_baselines(results).items()):
+        ends: list[Place] = [(WIDTH - 2, to_pixel(value) - 7, "right"), (2, to_pixel(value) - 7, "left")]
+        boxes = [label_box(words(name), place) for place in ends]
+        order = sorted((0, 1), key=lambda end: (_crossings(boxes[end], marks), (end + index) % 2))
+        x, y, align = ends[order[0]]
+        lines.append({"label": words(name), "score": value, "label_x": x, "label_y": y, "align": align})
+    return lines
+
+
+def _crossings(box: Box, marks: Sequence[Mark]) -> int:
+    left, top, right, bottom = box
+    return sum(left < x < right and high < bottom and low > top for x, _, high, low in marks)
+
+
+def _label(
+    points: list[dict[str, Any]], marks: Sequence[Mark], lines: list[dict[str, Any]], best: Sequence[int]
+) -> bool:
+    """Give every point a label beside it; returns whether names fitted, or numbers had to do."""
     taken = [label_box(line["label"], (line["label_x"], line["label_y"], line["align"])) for line in lines]
     taken += _steps([marks[number] for number in best])
     names, numbers = [point["name"] for point in points], [str(point["number"]) for point in points]

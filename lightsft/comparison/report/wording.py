@@ -60,7 +60,7 @@ def unit_name(results: Results) -> str:
 
 def two_digits(value: Any) -> str:
     """Two decimals, with a minus that is as wide as a plus."""
-    return f"{value:.2f}".replace("-", "\u2212") if is_number(value) else DASH
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "\u2212") if is_number(value) else DASH
 
 
 def short(value: Any) -> str:
