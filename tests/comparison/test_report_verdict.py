@@ -95,10 +95,10 @@ def test_the_winner_stands_to_the_others_as_the_comparisons_say(tmp_path: Path) 
 
 def test_a_strategy_that_does_not_beat_a_baseline_is_said_before_the_summary(tmp_path: Path) -> None:
     pairs = [compared("adapter", "tfidf", "better", "baseline"), compared("lora", "tfidf", "worse", "baseline")]
-    pairs += [compared("tfidf", "full", "undecided", "baseline")]
+    pairs += [compared("tfidf", "full", "undecided", "baseline"), compared("tfidf", "ia3", "better", "baseline")]
     baselines = {"tfidf": {"test": {"accuracy": 0.71}, "validation": None}}
     markdown, _, page = report(comparison(comparisons=pairs, baselines=baselines), tmp_path)
-    words = "Against TF-IDF + logistic regression, worse: lora; not shown to be better: full."
+    words = "Against TF-IDF + logistic regression, worse: lora, ia3; not shown to be better: full."
     assert words in page.text[: page.text.index("Summary")]
     assert words in markdown[: markdown.index("## Summary")]
 
