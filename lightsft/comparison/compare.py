@@ -24,7 +24,7 @@ from lightsft.comparison.plan import Planned, next_planned, search_of, total
 from lightsft.comparison.search import chosen
 from lightsft.comparison.worker import LAST, Event, JobDied, JobFailed, Worker, result_of
 from lightsft.config import RunConfig, build
-from lightsft.errors import LightsftError, OutputError
+from lightsft.errors import ConfigurationError, LightsftError, OutputError
 from lightsft.files import read_json, write_json
 from lightsft.runs import identity_of, require_same_run
 
@@ -84,10 +84,32 @@ class Run:
                 started = self.job("baselines", "start", {"directory": scratch}, log=Path(scratch) / "log.txt")
                 self.results |= started
                 shutil.copytree(Path(scratch) / "baselines", self.config.out / "baselines", dirs_exist_ok=True)
+            self.results["skipped"] = self._skipped()
             self.write()
         for line in _preview(self.results):
             self.display.say(line)
         self.settings = {**self.settings, "dtype": self.results["machine"]["dtype"]}
+
+    def _skipped(self) -> list[dict[str, str]]:
+        """The strategies that this backbone refuses, and why. One that breaks is left to its trials, which say so."""
+        found = []
+        for spec in self.config.strategies:
+            with tempfile.TemporaryDirectory() as scratch:
+                arguments = {"config": self.settings, "spec": spec.model_dump(mode="json")}
+                try:
+                    self.worker.run("tried", arguments, Path(scratch) / "log.txt")
+                except LightsftError as error:
+                    found.append({"strategy": spec.label, "reason": str(error)})
+                except (JobDied, JobFailed):
+                    continue
+        if len(found) == len(self.config.strategies):
+            raise ConfigurationError(
+                "no strategy can run on this backbone:\n  "
+                + "\n  ".join(f"{one['strategy']}: {one['reason']}" for one in found),
+                expected="at least one that can",
+                todo="lightsft strategies lists them, lightsft inspect shows what the model has",
+            )
+        return found
 
     def trials(self, pool: Worker) -> None:
         """Every search trial and every trial that is not on record, so many at once as `pool` runs."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightsft.comparison.starting import start
 from lightsft.comparison.summarising import summarise_again
-from lightsft.comparison.trial import Send, searched, trial
+from lightsft.comparison.trial import Send, searched, trial, tried
 from lightsft.config import RunConfig, build
 from lightsft.export.held_out import HeldOut
 from lightsft.export.merge import merge_folder
@@ -22,7 +22,7 @@ from lightsft.training.prepared import prepare
 EXAMPLES = "examples.json"
 SUMMARISED = ("unit", "summary", "comparisons", "non_inferior", "few_shot", "warnings")
 
-__all__ = ["merge", "searched", "start", "summarise", "trial"]
+__all__ = ["merge", "searched", "start", "summarise", "trial", "tried"]
 
 
 def summarise(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:

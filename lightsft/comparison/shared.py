@@ -26,7 +26,7 @@ from lightsft.training.run import load_backbone, require_positions, weight_dtype
 from lightsft.training.trainer import Encoded
 
 HELD_SHARE = 0.25  # of the machine's memory, at most, for bases that are held; one is held whatever its size
-JOBS = ("trial", "searched")  # that train, and so use what is held
+JOBS = ("tried", "trial", "searched")  # that use what is held
 Key = tuple[str, str]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from lightsft.comparison.trial import Send
 from lightsft.config import RunConfig, StrategySpec, build
 from lightsft.data.reading import require_columns
 from lightsft.device import choose_device, dtype_name
-from lightsft.errors import ConfigurationError, LightsftError
+from lightsft.errors import ConfigurationError
 from lightsft.files import write_file
 from lightsft.injection import Strategy
 from lightsft.metrics.units import Unit
 from lightsft.runs import identity_of
 from lightsft.training.prepared import Prepared, prepare
-from lightsft.training.run import load_backbone, require_positions
+from lightsft.training.run import load_backbone
 
 FEWEST_EXAMPLES = 30  # of the test split, below which nothing can be concluded
 WITHOUT_POINTS = 0.01  # what a margin is by default where a score has no points
@@ -39,13 +39,12 @@ PACKAGES = (
 
 
 def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
-    """Check data, model and every strategy; score the baselines; say what this machine is.
+    """Check data, model and the strategies' options; score the baselines; say what this machine is.
 
     arguments: config, and the directory that gets baselines/NAME.npy, the outcomes of each.
     """
     config, directory = build(RunConfig, arguments["config"]), Path(arguments["directory"])
-    strategies = [(spec, registry.strategy(spec.name, **spec.options)) for spec in config.strategies]
-    searches = [_search(spec, strategy, config) for spec, strategy in strategies]
+    searches = [_search(spec, registry.strategy(spec.name, **spec.options), config) for spec in config.strategies]
     send({"event": "stage", "stage": "reading the data"})
     prepared = prepare(config, examined=True)
     _require_curve(config, prepared)
@@ -54,22 +53,11 @@ def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
     send({"event": "stage", "stage": "scoring the baselines"})
     backbone = load_backbone(config, prepared, None, seed=0)
     baselines = _baselines(config, prepared, backbone, directory)
-    sketch = backbone.sketch()
-    send({"event": "stage", "stage": "trying the strategies"})
-    skipped = _skipped(config, prepared, backbone, strategies)
-    if len(skipped) == len(strategies):
-        raise ConfigurationError(
-            f"no strategy can run: {'; '.join(one['strategy'] + ': ' + one['reason'] for one in skipped)}",
-            expected="at least one that can",
-            todo="lightsft strategies lists them",
-        )
-    left_out = {one["strategy"] for one in skipped}
     splits = prepared.splits.named()
     tokenizer = load_tokenizer(config.model, config.task.name)
     return {
         "baselines": baselines,
-        "skipped": skipped,
-        "search": [one for one in searches if one["strategy"] not in left_out] if config.tune else [],
+        "search": searches if config.tune else [],
         "warnings": _warnings(config, prepared),
         "margins": _margins(config, prepared.task.unit(prepared.metric)),
         "task_settings": prepared.task.describe(),
@@ -80,7 +68,7 @@ def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
         "hashes": {
             "data": identity_of(config.model_dump(mode="json"))["data_sha256"],
             "splits": {name: _hash([prepared.task.key(row) for row in rows]) for name, rows in splits.items()},
-            "model": _hash(sketch),
+            "model": _hash(backbone.sketch()),
         },
         "previews": {name: prepared.task.preview(rows[0], tokenizer) for name, rows in splits.items()},
         "machine": _machine(config, backbone),
@@ -132,21 +120,6 @@ def _baselines(config: RunConfig, prepared: Prepared, backbone: Backbone, direct
 def _save(path: Path, rows: np.ndarray[Any, Any]) -> None:
     with path.open("wb") as file:
         np.save(file, rows)
-
-
-def _skipped(
-    config: RunConfig, prepared: Prepared, backbone: Backbone, strategies: Sequence[tuple[StrategySpec, Strategy]]
-) -> list[dict[str, str]]:
-    """The strategies that this backbone refuses, and why."""
-    found = []
-    for spec, strategy in strategies:
-        try:
-            require_positions(config, prepared, backbone, strategy)
-            strategy.inject(backbone, seed=0).eject()
-        except LightsftError as error:
-            found.append({"strategy": spec.label, "reason": str(error)})
-            backbone = load_backbone(config, prepared, None, seed=0)  # whatever it had placed before it was refused
-    return found
 
 
 def _warnings(config: RunConfig, prepared: Prepared) -> list[str]:

@@ -81,6 +81,14 @@ def set_up(arguments: Mapping[str, Any], callbacks: list[Any]) -> SetUp:
     return SetUp(config, prepared, injection, trainer, memory, options)
 
 
+def tried(arguments: Mapping[str, Any], send: Send) -> None:
+    """Place a strategy on the backbone, which raises what keeps it from running there. arguments: config, spec."""
+    config, spec = build(RunConfig, arguments["config"]), StrategySpec(**arguments["spec"])
+    strategy = registry.strategy(spec.name, **spec.options)
+    backbone, _ = shared.backbone_for(config, shared.prepared_for(config), strategy, seed=0)
+    strategy.inject(backbone, seed=0)
+
+
 def trial(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """Train one strategy with one seed, score it, save it; everything it leaves is in its own folder."""
     directory = Path(arguments["directory"])

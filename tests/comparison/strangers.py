@@ -53,13 +53,15 @@ class Refusing:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Says that it is there, then waits for a file `go`: a trial that can be interrupted."""
+    """Placed a second time, it says that it is there and waits for a file `go`: a trial that can be interrupted."""
 
     where: str
 
     def inject(self, backbone, *, seed=0):
         folder = Path(self.where)
-        (folder / "here").touch()
-        while not (folder / "go").exists():
-            time.sleep(0.05)
+        if (folder / "tried").exists():
+            (folder / "here").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.05)
+        (folder / "tried").touch()
         return LoRA(rank=2).inject(backbone, seed=seed)

@@ -70,7 +70,7 @@ def test_an_interrupted_comparison_continues_with_the_trial_under_way(
     (where / "go").touch()
     finished = out / kept["trials"][0]["adapter"] / "adapter_model.safetensors"
     before = finished.stat().st_mtime_ns
-    monkeypatch.setattr("lightsft.comparison.compare._Run._merge", lambda self, trial: {"passed": True})
+    monkeypatch.setattr("lightsft.comparison.finishing._merge", lambda run, trial: {"passed": True})
     results = compare(**values)
     assert worker.trials() == [("waiting", 0)]
     assert [trial["status"] for trial in results["trials"]] == ["finished", "finished"]
@@ -81,6 +81,7 @@ def test_an_interrupted_comparison_continues_with_the_trial_under_way(
 @pytest.mark.slow
 def test_ctrl_c_in_train_ends_with_130_and_the_same_command_continues(command, bert, rows_csv, tmp_path, stranger_path):
     (tmp_path / "signs").mkdir()
+    (tmp_path / "signs" / "tried").touch()
     values = {"model": bert, "data": rows_csv, "out": tmp_path / "out", "epochs": 1, "max_train_examples": 32}
     values["strategy"] = f"waiting(where={tmp_path / 'signs'})"
     arguments = [sys.executable, "-m", "lightsft", "train", *flags(**values)]

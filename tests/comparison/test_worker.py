@@ -92,14 +92,17 @@ def test_trials_that_fail_are_recorded_while_the_others_go_on(command, bert, row
     ended = command("compare", *flags(**values))
     assert ended.code == 1, ended.error
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [trial["status"] for trial in results["trials"]] == ["failed", "failed", "failed", "finished"]
-    killed, broken, refusing, _ = (trial["error"] for trial in results["trials"])
+    assert [trial["status"] for trial in results["trials"]] == ["failed", "failed", "finished"]
+    killed, broken, _ = (trial["error"] for trial in results["trials"])
+    refusing = "no sails\nExpected: a ship\nWhat to do: set sails"
+    assert results["skipped"] == [{"strategy": "refusing", "reason": refusing}]
+    assert "left out: refusing: no sails" in ended.out
+    assert "no sails" in (tmp_path / "out" / "report.html").read_text()
     assert "killed by signal 9, probably out of memory" in killed
     assert broken == "RuntimeError: a bug in a strategy"
-    assert refusing == "no sails\nExpected: a ship\nWhat to do: set sails"
     assert "a bug in a strategy" in (tmp_path / "out" / "trials" / "broken-seed0" / "log.txt").read_text()
     assert results["winner"]["strategy"] == "adapter"
-    for strategy in ("killed", "broken", "refusing"):
+    for strategy in ("killed", "broken"):
         assert f"failed      {strategy} seed 0" in ended.error
 
 
