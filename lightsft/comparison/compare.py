@@ -58,9 +58,9 @@ def compare(
     with Worker(config.jobs) as worker, display or Display() as shown:
         run = Run(config, settings, results, worker, shown)
         try:
-            run.start()
-            write_json(config.out / "run.json", identity)  # only now is the folder taken: a refused run leaves nothing
             with trainers(config, worker) as pool:
+                run.start()
+                write_json(config.out / "run.json", identity)  # only now is the folder taken: a refused run leaves none
                 run.trials(pool)
             finish(run)
         except KeyboardInterrupt:
@@ -218,7 +218,9 @@ def trainers(config: RunConfig, worker: Worker) -> Any:
         return contextlib.nullcontext(worker)
     from lightsft.comparison.ray_worker import RayWorker
 
-    return RayWorker(config.on, config.jobs)
+    named = (config.model, config.data, config.validation_data, config.test_data, config.chat_template)
+    needed = [path for path in (*named, config.neutral_text) if path is not None and Path(path).exists()]
+    return RayWorker(config.on, config.jobs, needed=needed, accelerators=config.device != "cpu", most=config.processes)
 
 
 def ended(record: dict[str, Any], event: Event) -> dict[str, Any]:

@@ -52,13 +52,14 @@ def import_everything() -> None:
     torch.set_num_threads(1)
 
 
-def take_share(at_once: int, slot: int) -> None:
-    """In a child: its share of the cores, and the accelerator of its slot where several jobs run at once."""
+def take_share(at_once: int, slot: int, processes: int = 1) -> None:
+    """In a child: its share of the cores, and the accelerators of its slot where several jobs run at once."""
     torch.set_num_threads(max(1, _held.threads // at_once))
     if at_once > 1:
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        devices = [name for name in given if name] or [str(number) for number in range(at_once)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+        devices = [name for name in given if name] or [str(number) for number in range(at_once * processes)]
+        mine = [devices[(slot * processes + number) % len(devices)] for number in range(processes)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(mine))
 
 
 def hold_for(job: str, arguments: Mapping[str, Any]) -> None:
@@ -67,6 +68,8 @@ def hold_for(job: str, arguments: Mapping[str, Any]) -> None:
         return
     try:
         config = build(RunConfig, arguments["config"])
+        if config.processes > 1:  # they are started anew, and find nothing here
+            return
         spec = StrategySpec(**arguments["spec"])
         _hold_rows(config)
         if choose_device(config.device).type == "cpu":  # a process that has used another device must not fork

@@ -37,11 +37,12 @@ LAST = ("result", "error", "failed", "died")  # events that end a job
 
 
 class JobDied(Exception):
-    """A job's process ended without a result; `status` is its exit status, negative for a signal."""
+    """A job's process ended without a result; `status` is its exit status, negative for a signal, unless it is known
+    by a reason alone."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int, reason: str | None = None) -> None:
         self.status = status
-        reason = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        reason = reason or (f"killed by signal {-status}" if status < 0 else f"exit status {status}")
         if status == -signal.SIGKILL:
             reason += ", probably out of memory"
         super().__init__(f"the process ended without a result ({reason})")
@@ -59,7 +60,7 @@ def result_of(event: Event) -> Any:
     if event["event"] == "failed":
         raise JobFailed(event["message"])
     if event["event"] == "died":
-        raise JobDied(event["status"])
+        raise JobDied(event["status"], event.get("reason"))
     return event["result"]
 
 
@@ -208,7 +209,7 @@ def serve() -> None:
         return
     children: dict[int, _Child] = {}
     for request in _requests(children, events):
-        with _logging_to(Path(request["log"])):
+        with logging_to(Path(request["log"])):
             shared.hold_for(request["job"], request["arguments"])
         reading, writing = os.pipe()
         children[reading] = _Child(_forked(request, writing), request["number"])
@@ -257,7 +258,8 @@ def _forked(request: Event, writing: int) -> int:
     try:
         from lightsft.comparison import shared
 
-        shared.take_share(request["at_once"], request["slot"])
+        processes = int(request["arguments"].get("config", {}).get("processes", 1))
+        shared.take_share(request["at_once"], request["slot"], processes)
         with os.fdopen(writing, "w", buffering=1) as events:
             _run(request, events)
         status = 0
@@ -271,7 +273,7 @@ def _run(request: Event, events: IO[str]) -> None:
     def send(event: Event) -> None:
         print(json.dumps({"number": request["number"], **event}), file=events)
 
-    with _logging_to(Path(request["log"])):
+    with logging_to(Path(request["log"])):
         send(ended(lambda: getattr(jobs, request["job"])(request["arguments"], send)))
 
 
@@ -290,7 +292,7 @@ def ended(run: Callable[[], Any]) -> Event:
 
 
 @contextlib.contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
+def logging_to(path: Path) -> Iterator[None]:
     """Send whatever is printed meanwhile, by Python or by a library underneath, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = os.dup(1), os.dup(2)
