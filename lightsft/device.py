@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from functools import cache
@@ -16,7 +17,10 @@ SPEEDUP_NEEDED = 1.3
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` is the first of CUDA, XPU, MPS that is there, else the CPU; any other name must exist here."""
+    """`auto` is the first of CUDA, XPU, MPS that is there, else the CPU; any other name must exist here.
+
+    Of several processes that torchrun or accelerate started, each gets its own.
+    """
     available = {
         "cuda": torch.cuda.is_available(),
         "xpu": torch.xpu.is_available(),
@@ -24,7 +28,7 @@ def choose_device(name: str = "auto") -> torch.device:
         "cpu": True,
     }
     if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
+        name = next(kind for kind, there in available.items() if there)
     kind = name.split(":")[0]
     if not available.get(kind, False):
         present = ", ".join(kind for kind, there in available.items() if there)
@@ -33,6 +37,8 @@ def choose_device(name: str = "auto") -> torch.device:
             expected=f"auto, or one of {present}",
             todo="leave the device at auto, or install a torch build for that device",
         )
+    if name in ("cuda", "xpu") and "LOCAL_RANK" in os.environ:  # several processes: a device for each
+        return torch.device(name, int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 

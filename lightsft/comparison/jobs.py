@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightsft.comparison import distributed
+from lightsft.comparison import trial as training
 from lightsft.comparison.starting import start
 from lightsft.comparison.summarising import summarise_again
-from lightsft.comparison.trial import Send, searched, trial, tried
+from lightsft.comparison.trial import Send, tried
 from lightsft.config import RunConfig, build
 from lightsft.export.held_out import HeldOut
 from lightsft.export.merge import merge_folder
@@ -23,6 +25,24 @@ EXAMPLES = "examples.json"
 SUMMARISED = ("unit", "summary", "comparisons", "non_inferior", "few_shot", "warnings")
 
 __all__ = ["merge", "searched", "start", "summarise", "trial", "tried"]
+
+
+def trial(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """`lightsft.comparison.trial.trial`, in as many processes as the configuration says."""
+    return _trained("trial", arguments, send)
+
+
+def searched(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """`lightsft.comparison.trial.searched`, in as many processes as the configuration says."""
+    return _trained("searched", arguments, send)
+
+
+def _trained(job: str, arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    if distributed.several(arguments):
+        found: dict[str, Any] = distributed.in_processes(job, arguments, send)
+        return found
+    alone: dict[str, Any] = getattr(training, job)(arguments, send)
+    return alone
 
 
 def summarise(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Record(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The weights have changed."""
         if self._began is not None:
-            self.seconds += time.perf_counter() - self._began
+            self.seconds = _agreed(self.seconds + time.perf_counter() - self._began, args)
             self._began = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -68,6 +68,17 @@ class Record(transformers.TrainerCallback):
             if score is not None and (score >= target if greater_is_better else score <= target):
                 return point["seconds"]
         return None
+
+
+def _agreed(seconds: float, args: Any) -> float:
+    """Of several processes, the most: they have one clock, so that all of them stop after the same step."""
+    if args.world_size == 1:
+        return seconds
+    import torch
+
+    most = torch.tensor(seconds, dtype=torch.float32, device=args.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return float(most)
 
 
 class Evaluations(transformers.TrainerCallback):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,6 +24,7 @@ from lightsft.data.batching import SimilarLengths, TokenBudget
 from lightsft.data.budget import tokens_of_updates
 from lightsft.data.packing import pack
 from lightsft.data.reading import Row
+from lightsft.data.shares import ABSENT, Shares, StandIns
 from lightsft.errors import ConfigurationError, DataError
 from lightsft.injection import Injection
 from lightsft.tasks.base import Metrics, Task
@@ -134,6 +136,8 @@ class Trainer(transformers.Trainer):
         if not is_training:
             plain: DataLoader[Any] = super()._get_dataloader(dataset, description, batch_size, *arguments, **o)
             return plain
+        if self.args.world_size > 1:
+            return self._shared_out(dataset)
         if self.tokens_per_batch is not None:
             return self._by_tokens(dataset, self.tokens_per_batch)
         before: Any = self.data_collator  # type: ignore[has-type]
@@ -157,14 +161,35 @@ class Trainer(transformers.Trainer):
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
+    def _shared_out(self, dataset: Encoded) -> DataLoader[Any]:
+        """The part of this process of batches that all of them train on together."""
+        loader = DataLoader(
+            StandIns(dataset),
+            batch_sampler=Shares(self._sampler(dataset), self.args.process_index, self.args.world_size),
+            collate_fn=self._collate_training,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        shard: DataLoader[Any] = prepare_data_loader(loader, self.args.device, num_processes=1, put_on_device=True)
+        return shard
+
+    def _sampler(self, dataset: Encoded) -> SimilarLengths | TokenBudget:
+        """Rows, or batches of rows by tokens, for all processes together."""
+        lengths = dataset.lengths(self.task)
+        if self.tokens_per_batch is not None:
+            return TokenBudget(lengths, self.tokens_per_batch, self._data_seed)
+        return SimilarLengths(lengths, self.args.train_batch_size * self.args.world_size, self._data_seed)
+
     def _collate_training(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch for this epoch, packed if that was asked for."""
         draw = self._data_seed * 1_000_003 + int(self.state.epoch or 0)
         drawn = [self.task.drawn(feature, self.tokenizer, draw) for feature in features]
+        batch: dict[str, Tensor]
         if self.layout is None:
-            batch: dict[str, Tensor] = self.data_collator(drawn)
-            return batch
-        return pack(drawn, self.layout, self.tokenizer.pad_token_id or 0, shifts=self.task.shifts)
+            batch = self.data_collator(drawn)
+        else:
+            batch = pack(drawn, self.layout, self.tokenizer.pad_token_id or 0, shifts=self.task.shifts)
+        return {**batch, ABSENT: torch.tensor(True)} if f"_{ABSENT}" in features[0] else batch
 
     @property
     def _data_seed(self) -> int:
@@ -172,13 +197,10 @@ class Trainer(transformers.Trainer):
 
     def tokens_of_updates(self) -> Iterator[int]:
         """Real tokens that update 1, 2, ... of a training reads."""
-        lengths = self.train_dataset.lengths(self.task)
-        sampler: TokenBudget | SimilarLengths
-        if self.tokens_per_batch is not None:
-            sampler = TokenBudget(lengths, self.tokens_per_batch, self._data_seed)
-        else:
-            sampler = SimilarLengths(lengths, self.args.train_batch_size, self._data_seed)
-        return tokens_of_updates(sampler, lengths, self.args.gradient_accumulation_steps * self.args.world_size)
+        sampler, steps = self._sampler(self.train_dataset), self.args.gradient_accumulation_steps
+        if isinstance(sampler, TokenBudget):
+            steps *= self.args.world_size
+        return tokens_of_updates(sampler, self.train_dataset.lengths(self.task), steps)
 
     def _get_train_sampler(self, train_dataset: Encoded | None = None) -> SimilarLengths | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -264,19 +286,23 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss of what it has the model say."""
+        absent = inputs.pop(ABSENT, None) is not None
         announce(self.injection.model, inputs)
         labels = inputs.pop("labels")
         outputs = self.task.forward(model, inputs, labels)
         loss = self.task.loss(outputs, labels, num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over them
+        if absent:
+            loss = loss * 0
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """What the summed losses of one update are divided by, over all processes."""
         if not batch_samples:
             return None
-        items = torch.stack([self.task.items(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        counted = [self.task.items(batch["labels"]) * (ABSENT not in batch) for batch in batch_samples]
+        items = torch.stack(counted).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             items = self.accelerator.gather(items[None]).sum()
         return items
@@ -314,6 +340,8 @@ class Trainer(transformers.Trainer):
     # ---- saving and loading: the injection, not the model
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:  # another process does
+            return
         directory = Path(output_dir or self.args.output_dir)
         artifact.save(self.injection, directory, task=self.task.describe())
         torch.save(self.args, directory / "training_args.bin")
