@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 
 from lightsft import adapter_files, artifact, registry
@@ -28,7 +29,7 @@ from lightsft.files import disk_errors, write_file
 from lightsft.injection import Injection
 from lightsft.training.prepared import Prepared
 from lightsft.training.run import build_trainer
-from lightsft.training.trackers import tracker_environment
+from lightsft.training.trackers import end_trackers
 from lightsft.training.trainer import Trainer
 
 Send = Callable[[dict[str, Any]], None]
@@ -63,8 +64,6 @@ def set_up(arguments: Mapping[str, Any], callbacks: list[Any]) -> SetUp:
     backbone, held = shared.backbone_for(config, prepared, strategy, seed)
     memory.count(held)
     injection = strategy.inject(backbone, seed=seed)
-    if config.track:
-        os.environ.update(tracker_environment(config.out, config.out.name, directory.name))
     trainer = build_trainer(
         config,
         prepared,
@@ -96,15 +95,17 @@ def trial(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
     with energy(run.injection.model.device) as taken:
         seconds = _trained(run, directory)
     alone = run.config.jobs == 1  # the counters are the machine's: they know no trial from another
-    found = {**_costs(run, seconds), "joules": taken.joules if alone else None, "peak_bytes": run.memory.peak_bytes()}
+    found = {**_costs(run, seconds), "joules": taken.joules if alone else None, "peak_bytes": _peak_bytes(run)}
     send({"event": "stage", "stage": "scoring"})
     found |= _scored(run, directory)
-    artifact.save(run.injection, directory / "adapter", task=run.prepared.task.describe())
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    found["adapter_bytes"] = (directory / "adapter" / adapter_files.TENSORS).stat().st_size
+    if run.trainer.args.should_save:  # of several processes, one does
+        artifact.save(run.injection, directory / "adapter", task=run.prepared.task.describe())
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        found["adapter_bytes"] = (directory / "adapter" / adapter_files.TENSORS).stat().st_size
     if arguments.get("examined"):
         send({"event": "stage", "stage": "examining"})
         found |= _examined(run)
+    _end_trackers(run, found)
     return found
 
 
@@ -125,12 +126,15 @@ def searched(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
         pruning.metric = run.prepared.metric
         _trained(run, directory)
     finally:
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     scores = [score for _, score in attempt.curve]
+    best = (max(scores) if greater else min(scores)) if scores else None
+    _end_trackers(run, {"validation": {run.prepared.metric: best}, **attempt.parameters})
     return {
         "status": "pruned" if pruning.pruned else "finished",
         "parameters": attempt.parameters,
-        "validation": (max(scores) if greater else min(scores)) if scores else None,
+        "validation": best,
         "curve": attempt.curve,
         "steps": run.trainer.state.global_step,
         "seconds": time.perf_counter() - began,
@@ -151,7 +155,8 @@ def _scored(run: SetUp, directory: Path) -> dict[str, Any]:
     encoded = shared.encoded_for(run.config, run.injection.backbone.tokenizer)
     validation, chosen_on = run.trainer.score(encoded.get("validation") or splits.validation)
     test, outcomes = run.trainer.score(encoded.get("test") or splits.test)
-    write_file(directory / "outcomes.npy", lambda path: _save_array(path, outcomes))
+    if run.trainer.args.should_save:
+        write_file(directory / "outcomes.npy", lambda path: _save_array(path, outcomes))
     found = {"validation": validation, "test": test, "calibration": calibration(task, chosen_on, outcomes)}
     if run.config.score_by is not None:
         groups = [row.get(run.config.score_by) for row in splits.test]
@@ -165,6 +170,8 @@ def _examined(run: SetUp) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if config.robustness:
         found["robustness"] = robustness(task, prepared.splits.test, lambda rows: _numbers(run.trainer.score(rows)[0]))
+    if not run.trainer.args.should_save:  # another process does what is done alone
+        return found
     if config.forgetting:
         texts = None if config.neutral_text is None else [Path(config.neutral_text).read_text(config.encoding)]
         found["forgetting"] = forgetting(run.injection, texts, batch_size=FORGETTING_BATCH)
@@ -174,6 +181,11 @@ def _examined(run: SetUp) -> dict[str, Any]:
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def _end_trackers(run: SetUp, found: Mapping[str, Any]) -> None:
+    if run.trainer.args.should_save:
+        end_trackers(run.config.track, run.trainer.args, {**found, "curve": None})
 
 
 def _costs(run: SetUp, seconds: float) -> dict[str, Any]:
@@ -200,6 +212,15 @@ def _costs(run: SetUp, seconds: float) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "options": run.options,
     }
+
+
+def _peak_bytes(run: SetUp) -> int:
+    """Of all processes together."""
+    peak = run.memory.peak_bytes()
+    if run.trainer.args.world_size == 1:
+        return peak
+    peaks = run.trainer.accelerator.gather(torch.tensor([peak], device=run.trainer.args.device))
+    return int(peaks.sum())
 
 
 def _save_array(path: Path, array: np.ndarray[Any, Any]) -> None:

@@ -20,7 +20,7 @@ from lightsft.injection import ActsBetweenSteps, Injection, Strategy
 from lightsft.training.budget import NEVER, budgeted, set_budget
 from lightsft.training.prepared import Prepared
 from lightsft.training.progress import Finite
-from lightsft.training.trackers import reported_to
+from lightsft.training.trackers import reported_to, use_trackers
 from lightsft.training.trainer import Encoded, Trainer
 
 
@@ -91,6 +91,7 @@ def build_trainer(
 
     encoded: the splits as features, where they are at hand. name, group: of the run, for trackers.
     """
+    name = name or config.out.name
     by_epoch = config.evaluations is None and not budgeted(config)
     args = transformers.TrainingArguments(
         str(directory),
@@ -126,6 +127,8 @@ def build_trainer(
         run_name=name,
         project=group,
     )
+    args.trackio_static_space_id = False  # it would publish a page on the hub
+    use_trackers(config.track, config.out, group, name)
     if config.gradient_checkpointing:
         injection.model.gradient_checkpointing_enable()
     extra = [Finite(), *(callbacks or [])]

@@ -14,6 +14,7 @@ from lightsft.runs import identity_of, require_same_run
 from lightsft.tasks.base import Metrics
 from lightsft.training.prepared import prepare
 from lightsft.training.run import build_trainer, load_backbone
+from lightsft.training.trackers import end_trackers
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,16 @@ def train(config: SingleConfig, say: Callable[[str], None] = print) -> Trained:
     last = _last_checkpoint(checkpoints)
     if last is not None:
         say(f"continuing from {last}")
-    write_json(config.out / "run.json", identity_of(config.model_dump(mode="json")))
+    if trainer.args.should_save:
+        write_json(config.out / "run.json", identity_of(config.model_dump(mode="json")))
     with disk_errors(checkpoints):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     validation, _ = trainer.score(prepared.splits.validation)
     test, _ = trainer.score(prepared.splits.test)
-    artifact.save(injection, config.out, task=prepared.task.describe())
-    write_json(config.out / "scores.json", {"validation": validation, "test": test})
+    if trainer.args.should_save:  # of several processes, one does
+        artifact.save(injection, config.out, task=prepared.task.describe())
+        write_json(config.out / "scores.json", {"validation": validation, "test": test})
+        end_trackers(config.track, trainer.args, {"validation": validation, "test": test})
     return Trained(validation, test)
 
 
