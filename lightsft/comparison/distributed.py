@@ -35,7 +35,8 @@ def in_processes(job: str, arguments: Mapping[str, Any], send: Callable[[Event],
     from lightsft.comparison.worker import LAST, result_of
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder, last = Path(scratch), []
+        folder = Path(scratch)
+        last: list[Event] = []
 
         def hear(event: Event) -> None:
             (last.append if event["event"] in LAST else send)(event)
@@ -115,6 +116,7 @@ def main(folder: Path) -> int:
 
     from lightsft.comparison import trial
     from lightsft.comparison.worker import ended
+    from lightsft.device import choose_device
 
     request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     rank = os.environ["RANK"]
@@ -125,8 +127,8 @@ def main(folder: Path) -> int:
             print(json.dumps(event), file=events)
 
         def run() -> Any:
-            on_cpu = request["arguments"]["config"].get("device") == "cpu"
-            require_size(PartialState(cpu=on_cpu).num_processes, int(os.environ["WORLD_SIZE"]))
+            device = choose_device(request["arguments"]["config"].get("device", "auto"))
+            require_size(PartialState(cpu=device.type == "cpu").num_processes, int(os.environ["WORLD_SIZE"]))
             return getattr(trial, request["job"])(request["arguments"], send)
 
         last = ended(run)

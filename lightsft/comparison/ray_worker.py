@@ -296,7 +296,7 @@ def _connect(address: str, at_once: int) -> None:
 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
         cores = max(at_once, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)

@@ -110,6 +110,7 @@ def _end_mlflow(args: Any, values: Mapping[str, float]) -> None:
 def _end_wandb(args: Any, values: Mapping[str, float]) -> None:
     import wandb
 
+    assert wandb.run is not None
     wandb.run.summary.update(dict(values))
     wandb.finish()
 
