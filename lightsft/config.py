@@ -170,6 +170,11 @@ def _whole(value: Any) -> Any:
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
+def _switch(value: Any) -> Any:
+    """YAML reads on and off as True and False."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 def _counts(value: Any) -> Any:
     return tuple(split_list(value)) if isinstance(value, str) else value
 
@@ -322,6 +327,8 @@ class TrainConfig(BaseModel):
     """Options of the optimizer that transformers reads: rank=64,scale=0.25"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    cache_frozen: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    """Compute frozen first blocks once per example: auto where that is exact, on without their dropout too, off."""
     early_stopping: Count | None = None
     """Stop after so many epochs without a better validation score."""
     quantization: Literal["int8", "nf4", "fp4"] | None = None

@@ -77,6 +77,8 @@ def set_up(arguments: Mapping[str, Any], callbacks: list[Any]) -> SetUp:
         name=directory.name,
         group=config.out.name,
     )
+    if trainer.frozen_note:
+        print(trainer.frozen_note)
     return SetUp(config, prepared, injection, trainer, memory, options)
 
 
@@ -211,6 +213,7 @@ def _costs(run: SetUp, seconds: float) -> dict[str, Any]:
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,
         "options": run.options,
+        "frozen_cache": trainer.frozen_cache,
     }
 
 

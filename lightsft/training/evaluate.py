@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,12 +43,22 @@ def outcomes_of(backbone: Backbone, task: Task, rows: Sequence[Row], batch_size:
     return task.by_row(outcomes.numpy(), features, backbone.tokenizer)
 
 
-def observed(task: Task, model: Any, batch: dict[str, Tensor], writer: Any = None) -> tuple[Tensor, Tensor]:
-    """(loss, outcomes) of a batch; `writer` is the model that generates, where `model` wraps it."""
+def observed(
+    task: Task,
+    model: Any,
+    batch: dict[str, Tensor],
+    writer: Any = None,
+    around: contextlib.AbstractContextManager[None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(loss, outcomes) of a batch; `writer` is the model that generates, where `model` wraps it.
+
+    around: what is entered for the forward pass, and left before anything is generated.
+    """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"]
     announce(writer or model, batch)
-    outputs = task.forward(model, inputs, labels)
+    with around or contextlib.nullcontext():
+        outputs = task.forward(model, inputs, labels)
     outcomes = task.outcomes(outputs, labels)
     written = task.generations(writer or model, inputs, labels)
     return task.loss(outputs, labels), outcomes if written is None else torch.cat([outcomes, written.float()], dim=1)

@@ -32,7 +32,7 @@ def find_layout(injection: Injection, task: Task) -> Layout:
             todo="leave packing out; tokens_per_batch keeps padding low",
         )
     reasons: list[str] = []
-    with torch.no_grad(), evaluating(injection.model), _moved(injection):
+    with torch.no_grad(), evaluating(injection.model), moved(injection):
         for layout in _layouts(injection, task):
             reason = _what_differs(injection.model, layout)
             if reason is None:
@@ -102,7 +102,7 @@ def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _moved(injection: Injection) -> Iterator[None]:
+def moved(injection: Injection) -> Iterator[None]:
     """Noise on what is trained, taken back at the end."""
     before = [parameter.detach().clone() for parameter in injection.parameters()]
     random = torch.Generator().manual_seed(0)

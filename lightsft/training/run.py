@@ -18,6 +18,7 @@ from lightsft.dry_run import text_config
 from lightsft.errors import ConfigurationError
 from lightsft.injection import ActsBetweenSteps, Injection, Strategy
 from lightsft.training.budget import NEVER, budgeted, set_budget
+from lightsft.training.frozen_part import keep_frozen
 from lightsft.training.prepared import Prepared
 from lightsft.training.progress import Finite
 from lightsft.training.trackers import reported_to, use_trackers
@@ -148,4 +149,5 @@ def build_trainer(
         packing=config.packing,
     )
     set_budget(trainer, config)
+    trainer.frozen_note = keep_frozen(trainer, config.cache_frozen, directory)
     return trainer

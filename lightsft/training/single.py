@@ -60,6 +60,8 @@ def train(config: SingleConfig, say: Callable[[str], None] = print) -> Trained:
         resumable=True,
         show_progress=True,
     )
+    if trainer.frozen_note:
+        say(trainer.frozen_note)
     last = _last_checkpoint(checkpoints)
     if last is not None:
         say(f"continuing from {last}")

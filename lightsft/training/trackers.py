@@ -103,6 +103,7 @@ def _end_mlflow(args: Any, values: Mapping[str, float]) -> None:
 
     mlflow.flush_async_logging()
     run = mlflow.last_active_run()
+    assert run is not None
     for name, value in values.items():
         mlflow.MlflowClient().log_metric(run.info.run_id, re.sub(r"[^\w\-. :/]", "_", name), value)
 

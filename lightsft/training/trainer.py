@@ -30,6 +30,7 @@ from lightsft.injection import Injection
 from lightsft.tasks.base import Metrics, Task
 from lightsft.training.clock import PARTS, follow_clock
 from lightsft.training.evaluate import announce, observed
+from lightsft.training.frozen_cache import ROWS, FrozenCache
 from lightsft.training.optimizers import classes_in_state, forget_overrides, recipe
 from lightsft.training.packable import find_layout
 from lightsft.training.progress import Record
@@ -71,6 +72,9 @@ class Trainer(transformers.Trainer):
 
     record: Record  # of a run that a configuration describes
     clock: Callable[[], float] | None = None  # the share of the time that is spent, under a budget in time
+    frozen: FrozenCache | None = None  # of what nothing trainable lies below
+    frozen_cache: str | None = None  # the same in words
+    frozen_note: str | None = None  # that, or why there is none although the first blocks are frozen
 
     def __init__(
         self,
@@ -108,7 +112,7 @@ class Trainer(transformers.Trainer):
                 args=args,
                 train_dataset=self._encoded(train),
                 eval_dataset=_by_length(self._encoded(validation), task),
-                data_collator=lambda features: task.collate(features, self.tokenizer),
+                data_collator=self._collate,
                 compute_loss_func=task.loss,
                 compute_metrics=self._metrics,
                 **options,
@@ -179,6 +183,19 @@ class Trainer(transformers.Trainer):
         if self.tokens_per_batch is not None:
             return TokenBudget(lengths, self.tokens_per_batch, self._data_seed)
         return SimilarLengths(lengths, self.args.train_batch_size * self.args.world_size, self._data_seed)
+
+    def _collate(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The task's batch, with the numbers of examples whose frozen states are kept."""
+        batch = self.task.collate(features, self.tokenizer)
+        rows = None if self.frozen is None else self.frozen.rows_of(features)
+        return batch if rows is None else {**batch, ROWS: rows}
+
+    def _behind_frozen(self, rows: Tensor | None, batch: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """Within it a forward pass on a batch with `rows` begins where something is trained."""
+        if self.frozen is None or rows is None:
+            return contextlib.nullcontext()
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return self.frozen.passing(rows, inputs, batch["labels"])
 
     def _collate_training(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The batch for this epoch, packed if that was asked for."""
@@ -287,9 +304,11 @@ class Trainer(transformers.Trainer):
     ) -> Any:
         """The task's loss of what it has the model say."""
         absent = inputs.pop(ABSENT, None) is not None
+        rows = inputs.pop(ROWS, None)
         announce(self.injection.model, inputs)
-        labels = inputs.pop("labels")
-        outputs = self.task.forward(model, inputs, labels)
+        with self._behind_frozen(rows, inputs):
+            labels = inputs.pop("labels")
+            outputs = self.task.forward(model, inputs, labels)
         loss = self.task.loss(outputs, labels, num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over them
@@ -321,8 +340,10 @@ class Trainer(transformers.Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, and the task's outcomes in place of logits: a few numbers per example."""
         inputs = self._prepare_inputs(inputs)
+        rows = inputs.pop(ROWS, None)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outcomes = observed(self.task, model, inputs, self.injection.model)
+            behind = self._behind_frozen(rows, inputs)
+            loss, outcomes = observed(self.task, model, inputs, self.injection.model, behind)
         if prediction_loss_only:
             return loss, None, None
         return loss, outcomes, torch.zeros(outcomes.shape[0], 1, device=outcomes.device)
