@@ -13,6 +13,7 @@ from lightsft.backbone import Backbone
 from lightsft.comparison import shared
 from lightsft.comparison.compare import compare
 from lightsft.config import RunConfig, StrategySpec, build
+from tests.comparison.conftest import InProcess
 from tests.comparison.test_compare import settings
 from tests.tiny_models import NAMES, tiny
 
@@ -107,7 +108,7 @@ def test_trials_that_share_end_like_trials_that_do_not(bert, rows_csv, tmp_path,
     values = settings(bert, rows_csv, tmp_path / "shared", strategies=["adapter", "lora"], epochs=1)
     values |= {"quantization": quantization, "dtype": "bfloat16" if quantization else "float32", "jobs": 2}
     together = compare(**values)
-    monkeypatch.setattr("lightsft.comparison.worker.FORKS", False)  # a process for each job, which holds nothing
+    monkeypatch.setattr("lightsft.comparison.compare.Worker", lambda at_once: InProcess())  # which holds nothing
     apart = compare(**values | {"out": str(tmp_path / "apart"), "jobs": 1})
     for one, other in zip(together["trials"], apart["trials"], strict=True):
         assert one["test"]["loss"] == pytest.approx(other["test"]["loss"], rel=1e-3)

@@ -86,6 +86,18 @@ def test_stopping_leaves_no_process_behind(bert, rows_csv, tmp_path):
 
 
 @pytest.mark.slow
+def test_where_nothing_forks_every_job_has_a_process_of_its_own(worker, bert, rows_csv, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightsft.comparison.worker.FORKS", False)
+    config = build(RunConfig, settings(bert, rows_csv, tmp_path / "out", epochs=1)).model_dump(mode="json")
+    arguments = {"config": config, "spec": {"name": "adapter", "label": "adapter"}}
+    with Worker(at_once=2) as apart:
+        numbers = {apart.start("tried", arguments, tmp_path / f"{index}.txt") for index in range(2)}
+        assert len({process.pid for process in apart._processes}) == 2
+        assert {apart.next_event()[0] for _ in range(2)} == numbers
+        assert not apart._processes
+
+
+@pytest.mark.slow
 def test_trials_that_fail_are_recorded_while_the_others_go_on(command, bert, rows_csv, tmp_path, stranger_path):
     strategies = "killed,broken,refusing,adapter"
     values = settings(bert, rows_csv, tmp_path / "out", strategies=strategies, seeds=1, epochs=1)
