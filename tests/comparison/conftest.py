@@ -35,7 +35,7 @@ class InProcess:
     def next_event(self):
         return self.events.pop(0)
 
-    def run(self, job, arguments, log, on_event):
+    def run(self, job, arguments, log, on_event=lambda event: None):
         number = self.start(job, arguments, log)
         about, event = self.next_event()
         while (about, event["event"] in LAST) != (number, True):
