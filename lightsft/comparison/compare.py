@@ -216,8 +216,14 @@ def trainers(config: RunConfig, worker: Worker) -> Any:
         import contextlib
 
         return contextlib.nullcontext(worker)
-    from lightsft.comparison.ray_worker import RayWorker
+    from lightsft.comparison.ray_worker import LOCAL, RayWorker
 
+    if config.track and config.on != LOCAL:
+        raise ConfigurationError(
+            f"trackers ({', '.join(config.track)}), and trials that run elsewhere ({config.on})",
+            expected="trackers where the trials run on this machine",
+            todo="leave --track out, or run --on ray",
+        )
     named = (config.model, config.data, config.validation_data, config.test_data, config.chat_template)
     needed = [path for path in (*named, config.neutral_text) if path is not None and Path(path).exists()]
     return RayWorker(config.on, config.jobs, needed=needed, accelerators=config.device != "cpu", most=config.processes)

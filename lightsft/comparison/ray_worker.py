@@ -52,7 +52,7 @@ def require_place(on: str) -> None:
         )
     if find_spec("ray") is None:
         raise ConfigurationError(
-            f"--on {on}, and Ray is not installed", expected="ray beside lightsft", todo='pip install "ray[client]"'
+            f"--on {on}, and Ray is not installed", expected="ray beside lightsft", todo='pip install "lightsft[ray]"'
         )
 
 
