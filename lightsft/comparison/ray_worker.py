@@ -36,7 +36,11 @@ PATIENCE = 60  # seconds for a cluster to answer
 POLL = 0.2  # seconds between looks into the mailbox
 PROGRESS_EVERY = 0.5  # seconds, at least, between two progress events of a task
 LOCAL = "ray"
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+ENVIRONMENT = {  # of a cluster that is started here
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # else its processes wait for all others, and their seconds are no trial's
+}
 ALIKE = ("lightsft", "torch", "transformers")  # whose versions must be ours for figures to be comparable
 
 
