@@ -42,6 +42,7 @@ class JobDied(Exception):
 
     def __init__(self, status: int, reason: str | None = None) -> None:
         self.status = status
+        self.event = {"event": "died", "status": status, "reason": reason}
         reason = reason or (f"killed by signal {-status}" if status < 0 else f"exit status {status}")
         if status == -signal.SIGKILL:
             reason += ", probably out of memory"
@@ -50,6 +51,10 @@ class JobDied(Exception):
 
 class JobFailed(Exception):
     """A job raised something that is not a LightsftError; the text is its traceback's last line."""
+
+    def __init__(self, message: str) -> None:
+        self.event = {"event": "failed", "message": message}
+        super().__init__(message)
 
 
 def result_of(event: Event) -> Any:
@@ -288,6 +293,9 @@ def ended(run: Callable[[], Any]) -> Event:
         import traceback
 
         traceback.print_exc()
+        passed_on: Event | None = getattr(error, "event", None)  # of a job within this one
+        if passed_on is not None:
+            return passed_on
         return {"event": "failed", "message": f"{type(error).__name__}: {error}"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ def train(config: SingleConfig, say: Callable[[str], None] = print) -> Trained:
     An interrupted run leaves its checkpoints; the same configuration then continues from the last one.
     """
     _require_unfinished(config)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+        say = _silent
     strategy = registry.strategy(config.strategy.name, **config.strategy.options)
     prepared = prepare(config, examined=True)
     backbone = load_backbone(config, prepared, strategy, config.seed)
@@ -76,6 +79,10 @@ def train(config: SingleConfig, say: Callable[[str], None] = print) -> Trained:
         write_json(config.out / "scores.json", {"validation": validation, "test": test})
         end_trackers(config.track, trainer.args, {"validation": validation, "test": test})
     return Trained(validation, test)
+
+
+def _silent(text: str) -> None:
+    """Instead of print."""
 
 
 def _last_checkpoint(directory: Path) -> Path | None:

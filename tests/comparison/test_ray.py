@@ -44,7 +44,7 @@ def scores(results):
 
 
 def test_a_comparison_on_ray_ends_like_one_without(bert, rows_csv, tmp_path):
-    values = settings(bert, rows_csv, tmp_path / "here", strategies="adapter,lora", tune=1, epochs=1)
+    values = settings(bert, rows_csv, tmp_path / "here", strategies="adapter,lora", seeds=1, tune=1, epochs=1)
     here = compare(**values)
     there = compare(**values | {"out": str(tmp_path / "there"), "on": "ray", "jobs": 2})
     assert scores(there) == scores(here)
