@@ -20,6 +20,7 @@ import socket
 import tarfile
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -307,7 +308,9 @@ def _connect(address: str, at_once: int) -> None:
         return
     _require_answer(address)
     try:
-        ray.init(address, **quiet)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it warns of what it then raises
+            ray.init(address, **quiet)
     except Exception as error:
         raise _unreachable(address, first_line(error)) from error
 
@@ -325,7 +328,9 @@ def _unreachable(address: str, reason: str) -> ConfigurationError:
     return ConfigurationError(
         f"no Ray cluster answers at {address}: {reason}",
         expected="the client server of a cluster that runs",
-        todo="ray start --head starts one, whose client server has port 10001; ray status shows whether it runs",
+        todo="see with `ray status` whether it runs, and which port its client server has (10001 by default); one that "
+        "wants a token, as Ray starts them by default, gets it with RAY_AUTH_MODE=token in the environment, from "
+        "RAY_AUTH_TOKEN or ~/.ray/auth_token",
     )
 
 

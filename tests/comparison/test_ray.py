@@ -90,10 +90,11 @@ def test_files_that_a_cluster_does_not_have_are_named():
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def cluster(tmp_path, monkeypatch):
     """The address of a cluster that runs without us, on loopback."""
     ray = Path(sys.executable).with_name("ray")
     port, client = 46379, 46380
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # the cluster makes one where there is none, and wants it
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     arguments = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
     arguments += [
