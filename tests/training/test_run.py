@@ -95,7 +95,7 @@ def test_virtual_tokens_count_among_the_positions(strategy, config):
     ) as caught:
         load_backbone(config(max_length=60), prepare(config(max_length=60)), strategy, 0)
     assert "--max-length 40" in caught.value.todo
-    backbone = load_backbone(config(max_length=44), prepare(config(max_length=44)), strategy, 0)
+    backbone = load_backbone(config(max_length=40), prepare(config(max_length=40)), strategy, 0)
     injection = strategy.inject(backbone)
     with torch.no_grad():
         assert injection.model(input_ids=torch.full((1, 44), 7)).logits.isfinite().all()
