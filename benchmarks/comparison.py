@@ -6,7 +6,7 @@ report. Theirs: benchmarks/separate_trial.py once per strategy and seed, each a 
 trains, keeps the best epoch and scores the test rows, with the defaults of transformers and PEFT. Both get the same
 three files of rows. Each repeat runs both sides whole, in turn, the other one first every second time; wall seconds.
 
-    --seeds 1 --rows 100      a quick look
+    --seeds 1 --rows 100 --strategies full,lora      a quick look
     --same-rates              theirs with our learning rates: what the defaults alone explain
     --cache-frozen auto       without the kept states of the linear probe (`on` also switches the dropout off there)
     --only ours               one side
@@ -41,8 +41,8 @@ SCRIPT = Path(__file__).with_name("separate_trial.py")
 SPLITS = {"train": 1.0, "validation": 0.25, "test": 0.6}  # rows of each, of --rows
 
 
-def configured(folder: Path, rows: int, seeds: int, jobs: int, cache_frozen: str) -> RunConfig:
-    """The demo's configuration on three files of its rows, which are written here."""
+def configured(folder: Path, rows: int, only: Sequence[str], **settings: Any) -> RunConfig:
+    """The demo's configuration on three files of its rows, which are written here; `only` these of its strategies."""
     limits = {f"max_{name}_examples": max(10, round(share * rows)) for name, share in SPLITS.items()}
     config = demo_config(folder / "demo").model_copy(update=limits)
     splits = prepare(config).splits.named()
@@ -53,8 +53,8 @@ def configured(folder: Path, rows: int, seeds: int, jobs: int, cache_frozen: str
             writer.writerows([row[config.text], row[config.label]] for row in part)
     changes = {"data": folder / "train.csv", "encoding": "utf-8", "text": "text", "label": "label"}
     changes |= {f"{name}_data": folder / f"{name}.csv" for name in ("validation", "test")}
-    changes |= {"seeds": seeds, "jobs": jobs, "cache_frozen": cache_frozen}
-    changes |= dict.fromkeys(limits)
+    changes |= settings | dict.fromkeys(limits)
+    changes["strategies"] = [spec for spec in config.strategies if not only or spec.label in only]
     return build(RunConfig, {**config.model_dump(mode="json"), **changes})
 
 
@@ -63,7 +63,7 @@ def ours(config: RunConfig, out: Path) -> dict[str, Any]:
     settings = {**config.model_dump(mode="json", exclude_none=True), "out": str(out)}
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    seconds = _timed([sys.executable, "-m", "lightsft", "compare", str(file)], out.with_suffix(".log"))
+    seconds = _timed([sys.executable, "-m", "lightsft", "compare", str(file)], out.with_suffix(".log"), out.parent)
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     failed = [trial["error"] for trial in results["trials"] if trial["status"] != "finished"]
     if failed:
@@ -95,18 +95,27 @@ def theirs(config: RunConfig, folder: Path, out: Path, rates: dict[str, float]) 
             if spec.label in rates:
                 command += ["--learning-rate", str(rates[spec.label])]
             out.mkdir(parents=True, exist_ok=True)
-            seconds = _timed(command, out / f"{name}.log", HF_DATASETS_CACHE=str(folder / "cache"))
+            seconds = _timed(command, out / f"{name}.log", folder)
             scores = json.loads((out / name / "scores.json").read_text(encoding="utf-8"))
             trials.append({"strategy": spec.label, "seed": seed, "seconds": seconds, "test": scores["test"]})
     return {"seconds": sum(trial["seconds"] for trial in trials), "dtype": "float32", "trials": trials}
 
 
-def _timed(command: Sequence[str], log: Path, **environment: str) -> float:
-    """Wall seconds of a process, from its start to its end."""
+def warm(folder: Path) -> None:
+    """Import what either side does, once: compiled modules and their files are there, as on a machine in use."""
+    for number, what in enumerate((["-m", "lightsft.comparison.worker"], [str(SCRIPT), "--help"])):
+        _timed([sys.executable, *what], folder / f"warm-{number}.log", folder)
+
+
+def _timed(command: Sequence[str], log: Path, folder: Path) -> float:
+    """Wall seconds of a process, from its start to its end. Bytecode and prepared data sets are kept in `folder`."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
+    environment["HF_DATASETS_CACHE"] = str(folder / "cache")
     with log.open("w", encoding="utf-8") as file:
         began = time.perf_counter()
         ended = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
         )
         seconds = time.perf_counter() - began
     if ended.returncode:
@@ -141,6 +150,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1000, help="training rows")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--strategies", default="", help="only these, comma-separated: full,lora,linear-probe")
     parser.add_argument("--jobs", type=int, default=1, help="our trials at a time")
     parser.add_argument("--cache-frozen", choices=("auto", "on", "off"), default="on")
     parser.add_argument("--same-rates", action="store_true")
@@ -149,8 +159,10 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.out or Path(tempfile.mkdtemp(prefix="lightsft-comparison-"))
     folder.mkdir(parents=True, exist_ok=True)
-    config = configured(folder, options.rows, options.seeds, options.jobs, options.cache_frozen)
+    settings = {name: getattr(options, name) for name in ("seeds", "jobs", "cache_frozen")}
+    config = configured(folder, options.rows, options.strategies.split(",") if options.strategies else [], **settings)
     labels = [spec.label for spec in config.strategies]
+    warm(folder)
     runs: list[dict[str, Any]] = []
     for repeat in range(options.repeats):
         sides = [options.only] if options.only else ["ours", "theirs"][:: 1 if repeat % 2 == 0 else -1]
@@ -160,8 +172,8 @@ def main() -> None:
     machine = {"processor": platform.processor() or platform.machine(), "cores": psutil.cpu_count()}
     machine |= {"memory_bytes": psutil.virtual_memory().total, "python": platform.python_version()}
     versions = {name: version(name) for name in PACKAGES}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    about = {"machine": machine, "versions": versions, "options": settings, "runs": runs}
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    about = {"machine": machine, "versions": versions, "options": given, "runs": runs}
     (folder / "benchmark.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     print(table(runs, labels))
     print(", ".join(f"{name} {value}" for name, value in {**machine, **versions}.items()))

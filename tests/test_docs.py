@@ -83,7 +83,7 @@ def test_no_word_of_a_removed_option_stays_in_the_documents():
         "--onto", "--most-rounding", "--correction-rank", "--check", "--max-shard-size", "--in-memory",
         "--weights", "--method", "--density",
         "--to", "--rank", "--energy", "--drop-rest", "--calibration", "--quantize", "--force", "--dequantize",
-        "--type", "--lora", "--json",
+        "--type", "--lora", "--json", "--rows", "--repeats", "--same-rates",
     }  # fmt: skip
     for document in DOCUMENTS:
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text(encoding="utf-8")))
