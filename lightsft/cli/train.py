@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from lightsft.cli.options import takes_fields_of
@@ -16,6 +18,8 @@ def command(config: SingleConfig) -> None:
     from lightsft.training.single import train
 
     result = train(config, say=lambda text: typer.echo(text))
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+        return
     for name, value in result.test.items():
         if isinstance(value, float):
             typer.echo(f"test {name:<18} {value:.4f}")

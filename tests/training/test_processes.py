@@ -1,10 +1,14 @@
 """Two processes train as one does on the batches of both."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from lightsft.data.batching import SimilarLengths, TokenBudget
 from lightsft.data.shares import Shares
+from tests.run_fixtures import flags, single
 from tests.training.in_processes import launched, trained
 
 LENGTHS = [3, 9, 17, 30, 4, 8, 25, 12, 40, 5, 6, 31]
@@ -81,6 +85,18 @@ def test_two_processes_train_like_one_with_their_batches_together(cases, tmp_pat
         assert all(torch.equal(tensor, second["tensors"][key]) for key, tensor in first["tensors"].items()), name
         assert first["seconds"] == second["seconds"]
     assert found["stopping"][0]["steps"] < 6 * 5
+
+
+@pytest.mark.slow
+def test_train_runs_under_torchrun(bert, rows_csv, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    values = single(bert, rows_csv, tmp_path / "run") | {"device": "cpu"}
+    ended = subprocess.run([*command, "-m", "lightsft", "train", *flags(**values)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert ended.stdout.count("test accuracy") == 1
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-1"  # 32 rows, 16 for each process
 
 
 def same(found, expected, name):
