@@ -82,13 +82,14 @@ class Run:
         if "baselines" not in self.results:
             with tempfile.TemporaryDirectory() as scratch:
                 started = self.job("baselines", "start", {"directory": scratch}, log=Path(scratch) / "log.txt")
-                self.results |= started
+                self.settings = {**self.settings, "dtype": started["machine"]["dtype"]}
+                started["skipped"] = self._skipped()
                 shutil.copytree(Path(scratch) / "baselines", self.config.out / "baselines", dirs_exist_ok=True)
-            self.results["skipped"] = self._skipped()
+            self.results |= started
             self.write()
+        self.settings = {**self.settings, "dtype": self.results["machine"]["dtype"]}
         for line in _preview(self.results):
             self.display.say(line)
-        self.settings = {**self.settings, "dtype": self.results["machine"]["dtype"]}
 
     def _skipped(self) -> list[dict[str, str]]:
         """The strategies that this backbone refuses, and why. One that breaks is left to its trials, which say so."""

@@ -20,9 +20,8 @@ from lightsft.comparison.baselines import all_baselines
 from lightsft.comparison.measures.energy import energy_source
 from lightsft.comparison.trial import Send
 from lightsft.config import RunConfig, StrategySpec, build
-from lightsft.data.reading import require_columns
 from lightsft.device import choose_device, dtype_name
-from lightsft.errors import ConfigurationError
+from lightsft.errors import ConfigurationError, DataError
 from lightsft.files import write_file
 from lightsft.injection import Strategy
 from lightsft.metrics.units import Unit
@@ -48,8 +47,12 @@ def start(arguments: Mapping[str, Any], send: Send) -> dict[str, Any]:
     send({"event": "stage", "stage": "reading the data"})
     prepared = prepare(config, examined=True)
     _require_curve(config, prepared)
-    if config.score_by is not None:
-        require_columns(prepared.splits.test, [config.score_by], config.data)
+    if config.score_by is not None and config.score_by not in prepared.splits.test[0]:
+        raise DataError(
+            f"{config.test_data or config.data} has no column {config.score_by!r} to score by",
+            expected=f"one of its columns: {', '.join(map(repr, prepared.splits.test[0]))}",
+            todo="name one of them with --score-by",
+        )
     send({"event": "stage", "stage": "scoring the baselines"})
     backbone = load_backbone(config, prepared, None, seed=0)
     baselines = _baselines(config, prepared, backbone, directory)

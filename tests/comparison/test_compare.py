@@ -376,3 +376,20 @@ def test_the_command_in_the_results_repeats_the_run(run):
 
 def test_the_package_offers_compare():
     assert lightsft.compare is compare
+
+
+def test_a_strategy_that_the_backbone_refuses_is_left_out_and_the_only_one_is_an_error(
+    bert, rows_csv, tmp_path, worker, capsys
+):
+    nowhere = "lora(targets=nowhere)"
+    values = settings(bert, rows_csv, tmp_path / "out", strategies=["adapter", nowhere], seeds=1, epochs=1)
+    results = compare(**values, robustness=False)
+    (skipped,) = results["skipped"]
+    assert skipped["strategy"] == nowhere
+    assert "nowhere" in skipped["reason"]
+    assert f"left out: {nowhere}: " in capsys.readouterr().out
+    assert [trial["strategy"] for trial in results["trials"]] == ["adapter"]
+    assert nowhere in (tmp_path / "out" / "report.md").read_text().replace("\\", "")
+    with pytest.raises(ConfigurationError, match="no strategy can run on this backbone"):
+        compare(**settings(bert, rows_csv, tmp_path / "alone", strategies=[nowhere]))
+    assert not (tmp_path / "alone").exists()
