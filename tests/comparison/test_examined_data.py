@@ -29,7 +29,7 @@ def test_findings_are_shown_stored_and_reported_and_looked_for_once(worker, bert
     monkeypatch.setattr(doctor, "examine", lambda *given, **options: calls.append(1) or real(*given, **options))
     monkeypatch.setattr(jobs, "merge", _refused)
     compare(build(RunConfig, values), display=Display(Console(file=screen, width=200)))
-    assert [job for job, *_ in worker.ran] == ["start", "trial", "trial", "summarise", "merge"]
+    assert [job for job, *_ in worker.ran] == ["start", "tried", "trial", "trial", "summarise", "merge"]
     assert len(calls) == 1
     assert f"warning: {LEAK} (rows test 1, 22)" in screen.getvalue()
     data = read_json(tmp_path / "out" / "results.json")["data"]

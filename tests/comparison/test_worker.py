@@ -37,7 +37,7 @@ def job(worker, bert, rows_csv, tmp_path):
 def test_a_job_returns_its_result_and_sends_events_before(job):
     result, events = job()
     assert set(result["baselines"]) == {"untuned", "majority", "linear_probe", "tfidf"}
-    assert [event["event"] for event in events] == ["stage", "stage", "stage"]
+    assert [event["event"] for event in events] == ["stage", "stage"]
 
 
 def test_an_error_arrives_with_its_kind_and_its_three_parts(job):

@@ -106,14 +106,14 @@ def test_full_runs_beside_codes_in_half_precision_on_the_command_line(strategy, 
 def test_a_comparison_says_how_its_base_is_quantized(bert, rows_csv, tmp_path):
     values = {**single(bert, rows_csv, tmp_path / "out"), **WAYS["nf4 double"], "strategies": "lora(rank=2)"}
     values.pop("strategy")
-    started = jobs.start({"config": values}, lambda event: None)
+    started = jobs.start({"config": values, "directory": str(tmp_path)}, lambda event: None)
     assert started["machine"]["quantization"] == NAMES["nf4 double"]
     assert ("quantization", NAMES["nf4 double"]) in machine(started)
 
 
 @pytest.mark.slow
 def test_a_comparison_on_a_quantized_base_from_end_to_end(bert, rows_csv, tmp_path):
-    values = {**single(bert, rows_csv, tmp_path / "out"), "quantization": "nf4", "dtype": "bfloat16", "seeds": 2}
+    values = {**single(bert, rows_csv, tmp_path / "out"), "quantization": "nf4", "dtype": "bfloat16", "seeds": 2, "tune": 0}
     values["strategies"] = ["lora(rank=4)", "adapter", "prefix", "ia3"]
     values.pop("strategy")
     results = compare(**values)
