@@ -17,6 +17,7 @@ from lightsft import registry
 from lightsft.backbone import Backbone, load_tokenizer
 from lightsft.comparison import search
 from lightsft.comparison.baselines import all_baselines
+from lightsft.comparison.cautions import NOT_TUNED, ONE_SEED
 from lightsft.comparison.measures.energy import energy_source
 from lightsft.comparison.trial import Send
 from lightsft.config import RunConfig, StrategySpec, build
@@ -140,11 +141,9 @@ def _warnings(config: RunConfig, prepared: Prepared) -> list[str]:
             "test split."
         )
     if config.seeds == 1:
-        found.append("One seed each: nothing is known of how far another seed would move a score.")
+        found.append(ONE_SEED)
     if config.tune == 0:
-        found.append(
-            "Nothing was tuned: every strategy ran with its default setting, which may suit some of them better."
-        )
+        found.append(NOT_TUNED)
     return found
 
 

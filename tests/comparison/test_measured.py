@@ -115,8 +115,8 @@ def test_what_language_models_forget_is_measured(llama, chat_jsonl, tmp_path, wo
     ("changes", "said"),
     [
         ({"max_test_examples": 12}, "The test split has 12 examples: nothing can be concluded from it."),
-        ({"seeds": 1}, "One seed each: nothing is known of how far another seed would move a score."),
-        ({"tune": 0}, "Nothing was tuned: every strategy ran with its default setting"),
+        ({"seeds": 1}, "One seed each: nothing here says how far another seed would move a score."),
+        ({"tune": 0}, "Nothing was tuned: learning rates are the defaults"),
     ],
 )
 def test_what_limits_conclusions_is_said(bert, rows_csv, tmp_path, worker, capsys, changes, said):

@@ -113,7 +113,13 @@ def test_a_comparison_says_how_its_base_is_quantized(bert, rows_csv, tmp_path):
 
 @pytest.mark.slow
 def test_a_comparison_on_a_quantized_base_from_end_to_end(bert, rows_csv, tmp_path):
-    values = {**single(bert, rows_csv, tmp_path / "out"), "quantization": "nf4", "dtype": "bfloat16", "seeds": 2, "tune": 0}
+    values = {
+        **single(bert, rows_csv, tmp_path / "out"),
+        "quantization": "nf4",
+        "dtype": "bfloat16",
+        "seeds": 2,
+        "tune": 0,
+    }
     values["strategies"] = ["lora(rank=4)", "adapter", "prefix", "ia3"]
     values.pop("strategy")
     results = compare(**values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightsft.comparison.cautions import NOT_TUNED, ONE_SEED
 from lightsft.comparison.report.facts import best_baseline, progress, winning_row
 from lightsft.comparison.report.pairwise import outcome_against, outcomes_of
 from lightsft.comparison.report.wording import Results, baseline_words, is_number, score, words
@@ -92,10 +93,7 @@ def warnings(results: Results) -> list[str]:
     trials = results["trials"]
     finished = {trial["strategy"] for trial in trials if trial["status"] == "finished"}
     if finished and max((row.get("seeds") or 0 for row in results["summary"]), default=2) == 1:
-        own.append("Every strategy ran with one seed, so nothing here says how far another seed would move it.")
+        own.append(ONE_SEED)
     if trials and not results.get("search"):
-        own.append(
-            "Settings were not searched for: learning rates are the defaults or what was given, not tuned, and a"
-            " strategy can look worse than it is."
-        )
-    return own
+        own.append(NOT_TUNED)
+    return list(dict.fromkeys(own))

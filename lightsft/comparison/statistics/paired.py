@@ -178,11 +178,12 @@ def _upper_tail(gap: float, parts: Variance | None) -> float:
 def _hedges(sign: int, first: Scored, second: Scored) -> float | None:
     """g = J(nu) (mean - mean) / SD, J(nu) = 1 - 3 / (4 nu - 1), SD pooled over seeds with nu degrees of freedom.
 
-    Of the seeds alone (Hedges, 1981). Beside a baseline the SD is the strategy's. None with one seed, or equal ones.
+    Of the seeds alone (Hedges, 1981). Beside a baseline the SD is the strategy's. None with fewer than two degrees
+    of freedom, at which J is 0, or equal seeds.
     """
     groups = [one.scores for one in (first, second) if one.varies]
     freedom = sum(len(scores) - 1 for scores in groups)
-    if any(len(scores) < 2 for scores in groups) or not freedom:
+    if any(len(scores) < 2 for scores in groups) or freedom < 2:
         return None
     spread = math.sqrt(sum(float(((scores - scores.mean()) ** 2).sum()) for scores in groups) / freedom)
     gap = sign * float(first.scores.mean() - second.scores.mean())
