@@ -67,7 +67,7 @@ def test_a_chat_task_worse_than_the_untuned_model_did_not_pay(tmp_path: Path) ->
 def test_one_seed_is_said_to_tell_nothing_about_seeds(tmp_path: Path) -> None:
     summary = [row("adapter", 0.7, seeds=1, spread=0.0)]
     markdown, _, page = report(comparison(summary=summary), tmp_path)
-    words = "Every strategy ran with one seed, so nothing here says how far another seed would move it."
+    words = "One seed each: nothing here says how far another seed would move a score."
     assert words in page.text
     assert words in markdown
     assert page.tables[0][1][4] == "–"
