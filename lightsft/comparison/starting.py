@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from lightsft import registry
@@ -23,7 +22,7 @@ from lightsft.comparison.trial import Send
 from lightsft.config import RunConfig, StrategySpec, build
 from lightsft.device import choose_device, dtype_name
 from lightsft.errors import ConfigurationError, DataError
-from lightsft.files import write_file
+from lightsft.files import write_array
 from lightsft.injection import Strategy
 from lightsft.metrics.units import Unit
 from lightsft.runs import identity_of
@@ -108,7 +107,7 @@ def _baselines(config: RunConfig, prepared: Prepared, backbone: Backbone, direct
     task = prepared.task
     found = all_baselines(task, prepared.splits, backbone, config.evaluation_batch_size, prepared.metric)
     for name, one in found.items():
-        write_file(directory / "baselines" / f"{name}.npy", lambda path, rows=one.test: _save(path, rows))  # type: ignore[misc]
+        write_array(directory / "baselines" / f"{name}.npy", one.test)
     return {
         name: {
             "validation": task.metrics(one.validation),
@@ -119,11 +118,6 @@ def _baselines(config: RunConfig, prepared: Prepared, backbone: Backbone, direct
         }
         for name, one in found.items()
     }
-
-
-def _save(path: Path, rows: np.ndarray[Any, Any]) -> None:
-    with path.open("wb") as file:
-        np.save(file, rows)
 
 
 def _warnings(config: RunConfig, prepared: Prepared) -> list[str]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
@@ -25,7 +24,7 @@ from lightsft.comparison.measures.robustness import robustness
 from lightsft.comparison.memory import PeakMemory
 from lightsft.config import RunConfig, StrategySpec, build
 from lightsft.device import choose_device
-from lightsft.files import disk_errors, write_file
+from lightsft.files import disk_errors, write_array
 from lightsft.injection import Injection
 from lightsft.training.prepared import Prepared
 from lightsft.training.run import build_trainer
@@ -158,7 +157,7 @@ def _scored(run: SetUp, directory: Path) -> dict[str, Any]:
     validation, chosen_on = run.trainer.score(encoded.get("validation") or splits.validation)
     test, outcomes = run.trainer.score(encoded.get("test") or splits.test)
     if run.trainer.args.should_save:
-        write_file(directory / "outcomes.npy", lambda path: _save_array(path, outcomes))
+        write_array(directory / "outcomes.npy", outcomes)
     found = {"validation": validation, "test": test, "calibration": calibration(task, chosen_on, outcomes)}
     if run.config.score_by is not None:
         groups = [row.get(run.config.score_by) for row in splits.test]
@@ -224,11 +223,6 @@ def _peak_bytes(run: SetUp) -> int:
         return peak
     peaks = run.trainer.accelerator.gather(torch.tensor([peak], device=run.trainer.args.device))
     return int(peaks.sum())
-
-
-def _save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
-    with path.open("wb") as file:
-        np.save(file, array)
 
 
 class _Reporter(transformers.TrainerCallback):  # type: ignore[misc]
